@@ -1,0 +1,33 @@
+PY := .venv/bin/python
+WORKDIR ?= runs/quickstart
+ARGS ?=
+
+.PHONY: help setup train test test-all lint format clean
+
+help: ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: ## make .venv with the pinned packages (with CUDA where nvidia-smi works); at once if it is up to date
+	@bash .ci/setup.sh
+
+train: setup ## the quickstart; WORKDIR=runs/quickstart and ARGS="--config.train.steps=100" can be set
+	$(PY) train.py --config=configs/quickstart.py --workdir="$(WORKDIR)" $(ARGS)
+
+test: lint ## lint and every fast test
+	$(PY) -m pytest
+
+test-all: lint ## lint and every test that needs no GPU, the slow ones too
+	$(PY) -m pytest -m "not gpu"
+
+lint: setup ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup ## rewrite the files as ruff wants them
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The network: one mixer a file, single-device code."""

@@ -1,0 +1,227 @@
+"""Block "M": the Mamba-2 mixer (facts/nemotron3.md 2.2).
+
+    [z | x | B | C | dt] = in_proj(h);  [x | B | C] = silu(conv1d([x | B | C]))
+    dt = softplus(dt + dt_bias), never clamped;  A = -exp(A_log)
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T;  y_t = S_t C_t + D x_t
+    out_proj(gated_norm(y, z))
+
+Shapes: B batch, T time, D model width, H heads, G groups, P head dim, N SSM state, K convolution width,
+W convolution channels (x, B and C).
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from nemotron_jax.config import MambaConfig, ModelConfig
+from nemotron_jax.model.context import Context
+from nemotron_jax.model.linear import Linear, Scope, constant, normal, uniform
+from nemotron_jax.model.state import MambaState, MambaWindow, put_rows, take_rows
+from nemotron_jax.parallel.mesh import axis_size
+from nemotron_jax.precision.matmul import matmul
+from pallas_kernels import causal_conv1d, ssd
+from pallas_kernels.causal_conv1d import final_state
+from pallas_kernels.ssd import ssd_step
+
+
+class InProj(nnx.Module):
+    """One logical projection [z | x | B | C | dt] kept in five leaves, each sharded over its own kind of channel.
+
+    Sharding the fused output costs five permutes a block (measured on 8 devices); as five leaves it costs none.
+    """
+
+    def __init__(self, scope: Scope, n_in: int, config: MambaConfig, std: float) -> None:
+        group_channels = config.num_groups * config.state_size
+
+        def leaf(name: str, n_out: int, axis: str) -> nnx.Param:
+            return scope.param(name, (n_in, n_out), ("embed", axis), normal(std))
+
+        self.z = leaf("z", config.inner_size, "heads")
+        self.x = leaf("x", config.inner_size, "heads")
+        self.B = leaf("B", group_channels, "groups")
+        self.C = leaf("C", group_channels, "groups")
+        self.dt = leaf("dt", config.num_heads, "heads")
+        self.precision = scope.precision
+
+    def __call__(self, h: Array, seed: Array | None) -> list[Array]:
+        leaves = [self.z[...], self.x[...], self.B[...], self.C[...], self.dt[...]]
+        if axis_size("tensor") > 1:
+            return [matmul(h, leaf, self.precision, seed) for leaf in leaves]
+        fused = matmul(h, jnp.concatenate(leaves, axis=1), self.precision, seed)
+        borders = [sum(leaf.shape[1] for leaf in leaves[: i + 1]) for i in range(len(leaves) - 1)]
+        return jnp.split(fused, borders, axis=-1)
+
+
+class Conv1d(nnx.Module):
+    """Depthwise causal convolution over [x | B | C], in three leaves for the same reason as InProj.
+
+    Initialised as torch does (kaiming uniform with a = sqrt 5, fan-in K): U(+-1/sqrt(K)) for weights and biases.
+    """
+
+    def __init__(self, scope: Scope, config: MambaConfig) -> None:
+        init = uniform(-1 / math.sqrt(config.conv_kernel), 1 / math.sqrt(config.conv_kernel))
+        group_channels = config.num_groups * config.state_size
+        kinds = (("x", config.inner_size, "heads"), ("B", group_channels, "groups"), ("C", group_channels, "groups"))
+        self.weight = nnx.Dict(
+            {kind: scope.param(f"weight/{kind}", (n, config.conv_kernel), (axis, "norm"), init) for kind, n, axis in kinds}
+        )
+        self.bias = nnx.Dict({kind: scope.param(f"bias/{kind}", (n,), (axis,), init) for kind, n, axis in kinds})
+
+    def fused(self) -> tuple[Array, Array]:
+        """Weight [W, K] and bias [W] over x, B and C."""
+        return (
+            jnp.concatenate([self.weight[kind][...] for kind in "xBC"]),
+            jnp.concatenate([self.bias[kind][...] for kind in "xBC"]),
+        )
+
+
+class GatedNorm(nnx.Module):
+    """RMS norm of y * silu(z) over each group's channels; the weight is multiplied after the cast (unlike RMSNorm)."""
+
+    def __init__(self, scope: Scope, config: MambaConfig, eps: float) -> None:
+        self.weight = scope.param("weight", (config.inner_size,), ("heads",), constant(1.0))
+        self.num_groups = config.num_groups
+        self.eps = eps
+
+    def __call__(self, y: Array, z: Array) -> Array:
+        gated = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
+        grouped = gated.reshape(*gated.shape[:-1], self.num_groups, -1)
+        grouped *= jax.lax.rsqrt(jnp.mean(grouped * grouped, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...].astype(y.dtype) * grouped.reshape(gated.shape).astype(y.dtype)
+
+
+def _dt_bias_init(config: MambaConfig):
+    """softplus^-1 of dt = exp(U[log min, log max]), at least the floor."""
+
+    def init(key: Array, shape: tuple[int, ...]) -> Array:
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high))
+        dt = jnp.maximum(dt, config.time_step_floor)
+        return dt + jnp.log(-jnp.expm1(-dt))
+
+    return init
+
+
+def _a_log_init(key: Array, shape: tuple[int, ...]) -> Array:
+    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0))
+
+
+class Mamba2(nnx.Module):
+    """See the top of the file. Recurrence, dt, A and D are float32 whatever the recipe."""
+
+    def __init__(self, scope: Scope, config: ModelConfig) -> None:
+        mamba = config.mamba
+        self.config = mamba
+        self.in_proj = InProj(scope / "in_proj", config.hidden_size, mamba, config.init_std)
+        self.conv1d = Conv1d(scope / "conv1d", mamba)
+        self.dt_bias = scope.param("dt_bias", (mamba.num_heads,), ("heads",), _dt_bias_init(mamba))
+        self.A_log = scope.param("A_log", (mamba.num_heads,), ("heads",), _a_log_init)
+        self.D = scope.param("D", (mamba.num_heads,), ("heads",), constant(1.0))
+        self.norm = GatedNorm(scope / "norm", mamba, config.norm_eps)
+        self.out_proj = Linear(
+            scope / "out_proj", mamba.inner_size, config.hidden_size, ("heads", "embed"), config.output_init_std
+        )
+
+    def __call__(
+        self, h_BTD: Array, ctx: Context, state: MambaState | None
+    ) -> tuple[Array, MambaState | None, dict[str, Array]]:
+        """h [B, T, D] -> (y [B, T, D], new state, {})."""
+        config = self.config
+        batch, time = h_BTD.shape[:2]
+        z, x, B, C, dt = self.in_proj(h_BTD, ctx.seed)
+        conv_BTW = jnp.concatenate([x, B, C], axis=-1)
+        rows = None if state is None else take_rows(state, ctx.slots)
+        weight, bias = self.conv1d.fused()
+        mixed_BTW = causal_conv1d(
+            conv_BTW,
+            weight,
+            bias,
+            initial_state=None if rows is None else rows.conv_BKW,
+            segment_ids=ctx.segment_ids,
+        )
+        group_channels = config.num_groups * config.state_size
+        x, B, C = jnp.split(mixed_BTW, [config.inner_size, config.inner_size + group_channels], axis=-1)
+        x_BTHP = x.reshape(batch, time, config.num_heads, config.head_dim)
+        B_BTGN = B.reshape(batch, time, config.num_groups, config.state_size)
+        C_BTGN = C.reshape(batch, time, config.num_groups, config.state_size)
+        dt_BTH = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
+        real = ctx.real_tokens(time)
+        if real is not None:
+            dt_BTH = jnp.where(real[..., None], dt_BTH, 0)
+        A = -jnp.exp(self.A_log[...])
+
+        y_BTHP, ssm_BHPN = self._scan(x_BTHP, dt_BTH, A, B_BTGN, C_BTGN, rows, ctx)
+        new_state = None
+        if state is not None and rows is not None:
+            if ctx.draft:
+                window = MambaWindow(conv_BTW, x_BTHP, B_BTGN, dt_BTH, dt_BTH * A)
+                new_state = MambaState(rows.conv_BKW, rows.ssm_BHPN, window)
+            else:
+                taken = jnp.full((batch,), time) if ctx.new_tokens is None else ctx.new_tokens
+                conv_BKW = final_state(conv_BTW, rows.conv_BKW, taken, config.conv_kernel)
+                new_state = put_rows(state, ctx.slots, MambaState(conv_BKW, ssm_BHPN))
+        y = self.norm(y_BTHP.reshape(batch, time, config.inner_size), z)
+        return self.out_proj(y, ctx.seed), new_state, {}
+
+    def _scan(
+        self,
+        x_BTHP: Array,
+        dt_BTH: Array,
+        A: Array,
+        B_BTGN: Array,
+        C_BTGN: Array,
+        state: MambaState | None,
+        ctx: Context,
+    ) -> tuple[Array, Array]:
+        if state is not None and x_BTHP.shape[1] == 1:
+            y_BHP, ssm_BHPN = ssd_step(
+                state.ssm_BHPN.astype(jnp.float32),
+                x_BTHP[:, 0],
+                dt_BTH[:, 0],
+                A,
+                B_BTGN[:, 0],
+                C_BTGN[:, 0],
+                self.D[...],
+            )
+            return y_BHP[:, None], ssm_BHPN
+        return ssd(
+            x_BTHP,
+            dt_BTH,
+            A,
+            B_BTGN,
+            C_BTGN,
+            D=self.D[...],
+            chunk_size=self.config.chunk_size,
+            initial_state=None if state is None else state.ssm_BHPN,
+            segment_ids=ctx.segment_ids,
+            return_final_state=True,
+        )
+
+    @staticmethod
+    def init_state(config: ModelConfig, rows: int, dtype: jnp.dtype) -> MambaState:
+        """Zeros: the state before the first token. ``dtype`` is that of the recurrent state."""
+        mamba = config.mamba
+        return MambaState(
+            jnp.zeros((rows, mamba.conv_kernel - 1, mamba.conv_size), dtype),
+            jnp.zeros((rows, mamba.num_heads, mamba.head_dim, mamba.state_size), dtype),
+        )
+
+    @staticmethod
+    def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+        """Forward FLOPs a token, projections excluded: the chunked SSD (facts/gpu.md 4.4).
+
+        C.B per group 2CNG, its product with x 2CHP, chunk states and their reading 4HPN, convolution 2KW.
+        """
+        m = config.mamba
+        chunk = min(m.chunk_size, seq_len)
+        return (
+            2 * chunk * m.state_size * m.num_groups
+            + 2 * chunk * m.inner_size
+            + 4 * m.inner_size * m.state_size
+            + 2 * m.conv_kernel * m.conv_size
+        )

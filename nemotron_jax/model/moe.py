@@ -1,0 +1,164 @@
+"""Block "E": sigmoid-routed experts with a shared expert, optionally in a latent space (facts/nemotron3.md 2.4, 2.5).
+
+    s = sigmoid(gate(h)) in float32;  chosen = top-k of s + correction bias;  w = s[chosen] / (sum + 1e-20) * factor
+    u = fc1_latent_proj(h);  y = sum_k w_k down_k(relu(up_k(u))^2);  out = fc2_latent_proj(y) + shared_experts(h)
+
+Router and shared expert see the full width; without latent projections u = h and out = y + shared.
+
+Shapes: B batch, T time, D model width, L latent (or model) width, F expert width, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from nemotron_jax.config import ModelConfig, MoEConfig
+from nemotron_jax.model.context import Context
+from nemotron_jax.model.linear import Buffer, Linear, Scope, normal
+from nemotron_jax.model.mlp import FeedForward
+from pallas_kernels import grouped_matmul, permute, unpermute
+
+
+class Router(nnx.Module):
+    """Float32 throughout. The correction bias takes part in the choice of experts, never in their weights."""
+
+    def __init__(self, scope: Scope, config: ModelConfig) -> None:
+        moe = config.moe
+        self.config = moe
+        self.weight = scope.param(
+            "weight", (config.hidden_size, moe.num_experts), ("embed", "norm"), normal(config.init_std)
+        )
+        self.e_score_correction_bias = Buffer(jnp.zeros(moe.num_experts, jnp.float32), axes=("norm",))
+
+    def __call__(self, h_BTD: Array) -> tuple[Array, Array, Array]:
+        """h -> (scores [B, T, E] float32, chosen experts [B, T, K] int32, their weights [B, T, K] float32)."""
+        moe = self.config
+        logits_BTE = jnp.einsum(
+            "btd,de->bte", h_BTD.astype(jnp.float32), self.weight[...], precision=lax.Precision.HIGHEST
+        )
+        scores_BTE = jax.nn.sigmoid(logits_BTE)
+        choice_BTE = lax.stop_gradient(scores_BTE) + self.e_score_correction_bias[...]
+        if moe.num_groups > 1:
+            choice_BTE = _only_best_groups(choice_BTE, moe)
+        experts_BTK = lax.top_k(choice_BTE, moe.top_k)[1]
+        weights_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
+        if moe.normalize_weights:
+            weights_BTK = weights_BTK / (weights_BTK.sum(-1, keepdims=True) + 1e-20)
+        return scores_BTE, experts_BTK, weights_BTK * moe.scaling_factor
+
+
+def _only_best_groups(choice_BTE: Array, moe: MoEConfig) -> Array:
+    """Minus infinity outside of the groups whose two best experts score highest."""
+    grouped = choice_BTE.reshape(*choice_BTE.shape[:-1], moe.num_groups, -1)
+    score = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+    best = lax.top_k(score, moe.top_k_groups)[1]
+    allowed = (best[..., None] == jnp.arange(moe.num_groups)).any(-2)
+    return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(choice_BTE.shape)
+
+
+class Experts(nnx.Module):
+    """All routed experts, stacked: up_proj [E, L, F], down_proj [E, F, L]."""
+
+    def __init__(self, scope: Scope, config: ModelConfig) -> None:
+        moe = config.moe
+        width = moe.latent_size or config.hidden_size
+        axis = "latent" if moe.latent_size else "embed"
+        self.up_proj = scope.param(
+            "up_proj",
+            (moe.num_experts, width, moe.intermediate_size),
+            ("experts", axis, "expert_mlp"),
+            normal(config.init_std),
+        )
+        self.down_proj = scope.param(
+            "down_proj",
+            (moe.num_experts, moe.intermediate_size, width),
+            ("experts", "expert_mlp", axis),
+            normal(config.output_init_std),
+        )
+        self.precision = scope.precision
+
+    def __call__(self, rows: Array, group_sizes: Array) -> Array:
+        """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
+        dtype = self.precision.operands
+        hidden = grouped_matmul(
+            rows.astype(dtype), self.up_proj[...].astype(dtype), group_sizes, activation="relu2"
+        )
+        return grouped_matmul(hidden, self.down_proj[...].astype(dtype), group_sizes).astype(rows.dtype)
+
+
+class MoE(nnx.Module):
+    """See the top of the file."""
+
+    def __init__(self, scope: Scope, config: ModelConfig) -> None:
+        moe = config.moe
+        self.config = moe
+        self.gate = Router(scope / "gate", config)
+        self.experts = Experts(scope / "experts", config)
+        self.shared_experts = FeedForward(scope / "shared_experts", config, moe.shared_intermediate_size)
+        if moe.latent_size:
+            self.fc1_latent_proj = Linear(
+                scope / "fc1_latent_proj", config.hidden_size, moe.latent_size, ("embed", "norm"), config.init_std
+            )
+            self.fc2_latent_proj = Linear(
+                scope / "fc2_latent_proj",
+                moe.latent_size,
+                config.hidden_size,
+                ("norm", "embed"),
+                config.output_init_std,
+            )
+
+    def __call__(self, h_BTD: Array, ctx: Context, state: None) -> tuple[Array, None, dict[str, Array]]:
+        """h [B, T, D] -> (y [B, T, D], None, aux).
+
+        aux: expert_counts [E] float32, the tokens that chose each expert; load_balance_loss, a scalar near 1 when
+        balanced (sequence-level, facts/nemotron3.md 4.1). Padding counts in neither.
+        """
+        batch, time = h_BTD.shape[:2]
+        scores_BTE, experts_BTK, weights_BTK = self.gate(h_BTD)
+        u_BTL = self.fc1_latent_proj(h_BTD, ctx.seed) if self.config.latent_size else h_BTD
+        flat = batch * time
+        rows, group_sizes, row_map = permute(
+            u_BTL.reshape(flat, -1), experts_BTK.reshape(flat, -1), self.config.num_experts
+        )
+        rows = self.experts(rows, group_sizes)
+        y_BTL = unpermute(rows, row_map, weights_BTK.reshape(flat, -1)).reshape(batch, time, -1)
+        y_BTD = self.fc2_latent_proj(y_BTL, ctx.seed) if self.config.latent_size else y_BTL
+        y_BTD = y_BTD + self.shared_experts(h_BTD, ctx.seed)
+
+        counted_BT = ctx.counted_tokens(batch, time)
+        counts_BE = _counts(experts_BTK, counted_BT, self.config.num_experts)
+        aux = {
+            "expert_counts": counts_BE.sum(0),
+            "load_balance_loss": _load_balance_loss(scores_BTE, counted_BT, self.config),
+        }
+        return y_BTD, None, aux
+
+    @staticmethod
+    def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+        """Nothing beside the matmuls of the active parameters."""
+        return 0.0
+
+
+def _counts(experts_BTK: Array, counted_BT: Array, num_experts: int) -> Array:
+    """[B, E] float32: how many counted tokens of each row chose each expert."""
+    rows = jnp.arange(experts_BTK.shape[0])[:, None, None]
+    ones = jnp.broadcast_to(counted_BT[..., None], experts_BTK.shape).astype(jnp.int32)
+    counts = jnp.zeros((experts_BTK.shape[0], num_experts), jnp.int32).at[rows, experts_BTK].add(ones)
+    return counts.astype(jnp.float32)
+
+
+def _load_balance_loss(scores_BTE: Array, counted_BT: Array, moe: MoEConfig) -> Array:
+    """mean over sequences of E / (k T^2) sum_i (sum_t p_ti) count_i.
+
+    p: scores normalised over the experts; counts: of the top-k of the scores without the correction bias; T: the
+    tokens of the sequence that are not padding.
+    """
+    p_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + 1e-20)
+    p_BE = jnp.where(counted_BT[..., None], p_BTE, 0).sum(1)
+    counts_BE = _counts(lax.top_k(lax.stop_gradient(scores_BTE), moe.top_k)[1], counted_BT, moe.num_experts)
+    tokens_B = jnp.maximum(counted_BT.sum(1), 1).astype(jnp.float32)
+    per_sequence = moe.num_experts / moe.top_k * (p_BE * counts_BE).sum(-1) / tokens_B**2
+    return per_sequence.mean()

@@ -1,0 +1,123 @@
+"""The one sharding table: mesh axes, logical axes, and what follows from them.
+
+Weights name *logical* axes where they are declared; RULES is the only place that says which mesh axis shards them.
+The engine is GSPMD: parameters, optimizer moments and batches are placed by these rules and XLA inserts the
+collectives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nemotron_jax.errors import ConfigError
+from nemotron_jax.run_config import ParallelConfig
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp", "expert"),
+    "time": "context",
+    # weights
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "latent": "fsdp",
+    "heads": "tensor",  # query heads and the inner channels of Mamba
+    "kv_heads": "tensor",
+    "groups": "tensor",  # Mamba's B and C
+    "mlp": "tensor",
+    "experts": "expert",
+    "expert_mlp": "tensor",
+    "norm": None,
+}
+
+
+def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with all five axes over all devices; the axis given as -1 takes the devices that are left.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(
+            f"the mesh {_spell(sizes)} needs {fixed} devices{' or a multiple' if free else ''}, but there are "
+            f"{len(devices)}: change config.parallel so that the axes multiply to the number of devices."
+        )
+    grid = np.asarray(devices).reshape(tuple(sizes.values()))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _spell(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def describe(mesh: Mesh) -> str:
+    """``data=4, fsdp=2``: the axes longer than one."""
+    used = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    return _spell(used) if used else "one device"
+
+
+def axis_size(axis: str) -> int:
+    """Size of a mesh axis in the mesh set by ``jax.set_mesh``; 1 outside of one."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+
+
+def spec(shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> PartitionSpec:
+    """PartitionSpec of an array from its logical axes.
+
+    A dimension that its mesh axes do not divide stays whole on every device (two key/value heads over four tensor
+    devices), and a mesh axis is used once an array, by its first dimension.
+    """
+    used: set[str] = set()
+    parts: list[tuple[str, ...] | None] = []
+    for size, name in zip(shape, axes, strict=True):
+        rule = RULES[name]
+        wanted = tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule or ()) if axis not in used)
+        if wanted and size % math.prod(mesh.shape[axis] for axis in wanted) == 0:
+            used.update(wanted)
+            parts.append(wanted)
+        else:
+            parts.append(None)
+    return PartitionSpec(*parts)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings of a tree of nnx Variables, from the logical axes each was declared with."""
+
+    def of(variable: nnx.Variable) -> Any:
+        value = variable.get_value()
+        return variable.replace(NamedSharding(mesh, spec(value.shape, variable.axes, mesh)))
+
+    return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of the [B, T] arrays of a batch."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["time"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: Array) -> Array:
+    """Keeps activations [B, T, ...] sharded over batch and time; the identity outside of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    names = ("batch", "time") + ("norm",) * (x.ndim - 2)
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, names, mesh))  # type: ignore[arg-type]

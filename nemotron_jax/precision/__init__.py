@@ -1,0 +1,1 @@
+"""Number formats, path rules that choose them, and the one matmul that obeys."""

@@ -1,0 +1,20 @@
+"""Operations of Nemotron 3 that deserve a kernel: one op, one file, each with a plain-jnp reference.
+
+The public functions take ``impl=None``: `dispatch.choose` picks the implementation for this platform.
+"""
+
+from pallas_kernels.attention import attention, decode_attention
+from pallas_kernels.causal_conv1d import causal_conv1d
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.permute import permute, unpermute
+from pallas_kernels.ssd import ssd
+
+__all__ = [
+    "attention",
+    "causal_conv1d",
+    "decode_attention",
+    "grouped_matmul",
+    "permute",
+    "ssd",
+    "unpermute",
+]

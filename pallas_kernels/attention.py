@@ -1,0 +1,270 @@
+"""Softmax attention with shared key/value heads, over packed documents and over a paged cache.
+
+    out_i = sum_j p_ij v_j        p_ij = softmax over the visible j of (scale q_i . k_j)
+
+Query head h reads key/value head h // (H / KV). No positions are encoded (Nemotron 3 uses none). A query that sees
+no key gives zeros.
+
+Shapes: B batch, T queries, S keys, H query heads, V key/value heads, R = H / V query heads of a key/value head,
+D head dim.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import choose
+from pallas_kernels.segments import require_shape, run_ids
+
+# Above this many query-key pairs a row, queries go block by block, each block recomputed in the backward pass, so
+# that the [T, S] probabilities never exist at once.
+PLAIN_PAIRS = 2048 * 2048
+QUERY_BLOCK = 512
+
+# Full float32 products also on GPUs, whose default rounds float32 operands to TF32.
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    impl: str | None = None,
+) -> jax.Array:
+    """Attend from each query to the keys of its document; differentiable in q, k and v.
+
+    Args:
+      q: [B, T, H, D].
+      k, v: [B, S, V, D], H a multiple of V.
+      causal: query i sees key j only if j <= i + (S - T): the queries are the last T of the S positions.
+      scale: factor of q . k; None is D ** -0.5.
+      segment_ids: [B, T] integers; None is one document a row. Alone (S must equal T) they are compared between
+        neighbours, as in `ssd`: an id that comes back later in the row is another document.
+      kv_segment_ids: [B, S], only together with segment_ids: query i sees key j only if the two ids are equal. Ids
+        that come back are the same document here; `segments.run_ids` makes them distinct.
+      impl: implementation name, None to choose (`dispatch.OPS`).
+
+    Returns:
+      [B, T, H, D] in q's dtype; logits, softmax and sums in float32 (float64 for float64 inputs).
+
+    Raises:
+      ValueError: shapes do not fit, kv_segment_ids is missing or alone, or `impl` cannot run.
+    """
+    require_shape("attention", "q", q, "[B, T, H, D]", (None,) * 4)
+    batch, time, heads, head_dim = q.shape
+    require_shape("attention", "k", k, "[B, S, V, D]", (batch, None, None, head_dim))
+    require_shape("attention", "v", v, "[B, S, V, D]", k.shape)
+    _check_heads("attention", heads, k.shape[2])
+    if segment_ids is not None:
+        require_shape("attention", "segment_ids", segment_ids, "[B, T]", (batch, time))
+        if kv_segment_ids is not None:
+            require_shape("attention", "kv_segment_ids", kv_segment_ids, "[B, S]", k.shape[:2])
+        elif time != k.shape[1]:
+            raise ValueError(
+                f"attention: segment_ids alone need as many keys as queries, got {time} queries and {k.shape[1]} "
+                "keys; pass kv_segment_ids too"
+            )
+        else:
+            segment_ids = kv_segment_ids = run_ids(segment_ids)
+    elif kv_segment_ids is not None:
+        raise ValueError("attention: kv_segment_ids came without segment_ids; pass both")
+    implementation = _IMPLEMENTATIONS[choose("attention", impl)]
+    scale = head_dim**-0.5 if scale is None else scale
+    return implementation(q, k, v, segment_ids, kv_segment_ids, causal=causal, scale=scale)
+
+
+def attention_reference(q_BTHD, k_BSVD, v_BSVD, segment_ids, kv_segment_ids, *, causal, scale, blocked=None):
+    """Plain attention; `blocked` None goes query block by query block where T * S is large."""
+    batch, time = q_BTHD.shape[:2]
+    keys = k_BSVD.shape[1]
+    query_position = jnp.arange(time) + (keys - time)
+
+    def attend(q_BQHD, position, segment):
+        visible = jnp.ones((1, position.shape[0], keys), bool)
+        if causal:
+            visible = (jnp.arange(keys) <= position[:, None])[None]
+        if segment is not None:
+            visible = visible & (segment[:, :, None] == kv_segment_ids[:, None, :])
+        return _attend(q_BQHD, k_BSVD, v_BSVD, visible, scale)
+
+    if blocked is None:
+        blocked = time * keys > PLAIN_PAIRS
+    if not blocked:
+        return attend(q_BTHD, query_position, segment_ids)
+
+    blocks = -(-time // QUERY_BLOCK)
+
+    def split(z, axis):
+        widths = [(0, 0)] * z.ndim
+        widths[axis] = (0, blocks * QUERY_BLOCK - time)
+        z = jnp.pad(z, widths).reshape(*z.shape[:axis], blocks, QUERY_BLOCK, *z.shape[axis + 1 :])
+        return jnp.moveaxis(z, axis, 0)
+
+    inputs = (split(q_BTHD, 1), split(query_position, 0), None if segment_ids is None else split(segment_ids, 1))
+    _, out = jax.lax.scan(jax.checkpoint(lambda _, block: (None, attend(*block))), None, inputs)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * QUERY_BLOCK, *q_BTHD.shape[2:])[:, :time]
+
+
+def decode_attention(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    lengths: jax.Array,
+    *,
+    page_table: jax.Array | None = None,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> jax.Array:
+    """Attend from new tokens to a cache that already holds their own keys and values.
+
+    Args:
+      q: [B, T, H, D], the new queries of row b, at positions lengths[b] .. lengths[b] + T - 1.
+      k_cache, v_cache: [pages, page_size, V, D].
+      lengths: [B] int, tokens of each row before the new ones.
+      page_table: [B, pages of a row] int32: position p of row b lies in page page_table[b, p // page_size], at
+        p % page_size. Entries past the row's end may be any valid page. None: row b is page b (contiguous cache).
+      scale: factor of q . k; None is D ** -0.5.
+      impl: implementation name, None to choose (`dispatch.OPS`).
+
+    Returns:
+      [B, T, H, D] in q's dtype; query at position i has seen positions 0 .. i. Computed in float32.
+
+    Raises:
+      ValueError: shapes do not fit, or `impl` cannot run.
+    """
+    require_shape("decode_attention", "q", q, "[B, T, H, D]", (None,) * 4)
+    batch, _, heads, head_dim = q.shape
+    pages = batch if page_table is None else None
+    require_shape("decode_attention", "k_cache", k_cache, "[pages, page_size, V, D]", (pages, None, None, head_dim))
+    require_shape("decode_attention", "v_cache", v_cache, "[pages, page_size, V, D]", k_cache.shape)
+    require_shape("decode_attention", "lengths", lengths, "[B]", (batch,))
+    if page_table is not None:
+        require_shape("decode_attention", "page_table", page_table, "[B, pages of a row]", (batch, None))
+    _check_heads("decode_attention", heads, k_cache.shape[2])
+    implementation = _IMPLEMENTATIONS_DECODE[choose("decode_attention", impl)]
+    scale = head_dim**-0.5 if scale is None else scale
+    return implementation(q, k_cache, v_cache, lengths, page_table, scale=scale)
+
+
+def decode_attention_reference(q_BTHD, k_cache, v_cache, lengths, page_table, *, scale):
+    """Gather the pages of each row, then plain attention with a mask by position."""
+    batch, time = q_BTHD.shape[:2]
+
+    def rows(cache):
+        """[pages, page_size, V, D] -> [B, S, V, D]."""
+        return cache if page_table is None else cache[page_table].reshape(batch, -1, *cache.shape[2:])
+
+    k_BSVD, v_BSVD = rows(k_cache), rows(v_cache)
+    key_position = jnp.arange(k_BSVD.shape[1])
+    query_position = lengths[:, None] + jnp.arange(time)
+    visible = key_position <= query_position[..., None]
+    # Unwritten positions may hold anything, NaN included, and 0 * NaN would spoil the sum.
+    written = key_position < lengths[:, None] + time
+    v_BSVD = jnp.where(written[..., None, None], v_BSVD, 0)
+    return _attend(q_BTHD, k_BSVD, v_BSVD, visible, scale)
+
+
+def _attend(q_BTHD, k_BSVD, v_BSVD, visible, scale):
+    """visible: bool [B or 1, T, S]."""
+    dtype = jnp.promote_types(q_BTHD.dtype, jnp.float32)
+    batch, time, heads, head_dim = q_BTHD.shape
+    kv_heads = k_BSVD.shape[2]
+    q_BTVRD = q_BTHD.astype(dtype).reshape(batch, time, kv_heads, heads // kv_heads, head_dim) * scale
+    logits_BVRTS = _einsum("btvrd,bsvd->bvrts", q_BTVRD, k_BSVD.astype(dtype))
+    visible = visible[:, None, None]
+    logits_BVRTS = jnp.where(visible, logits_BVRTS, jnp.finfo(dtype).min)
+    largest = jax.lax.stop_gradient(logits_BVRTS.max(axis=-1, keepdims=True))
+    p_BVRTS = jnp.where(visible, jnp.exp(logits_BVRTS - largest), 0)
+    total = p_BVRTS.sum(axis=-1, keepdims=True)
+    p_BVRTS = p_BVRTS / jnp.where(total > 0, total, 1)  # total is 0 only where a query sees no key
+    out_BTVRD = _einsum("bvrts,bsvd->btvrd", p_BVRTS, v_BSVD.astype(dtype))
+    return out_BTVRD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
+
+
+def _check_heads(op, heads, kv_heads):
+    if heads % kv_heads:
+        raise ValueError(f"{op}: the query heads ({heads}) must be a multiple of the key/value heads ({kv_heads})")
+
+
+_IMPLEMENTATIONS = {"reference": attention_reference}
+_IMPLEMENTATIONS_DECODE = {"reference": decode_attention_reference}
+
+
+class Case(NamedTuple):
+    """Shapes and features of one test or benchmark case of `attention`."""
+
+    name: str
+    batch: int
+    time: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool = True
+    packed: bool = False
+
+
+CASES = (
+    Case("one_head", 1, 9, 9, 1, 1, 4),
+    Case("grouped", 2, 17, 17, 6, 2, 8),
+    Case("packed", 2, 33, 33, 4, 2, 8, packed=True),
+    Case("last_queries", 2, 5, 21, 4, 2, 8),
+    Case("more_queries_than_keys", 1, 7, 4, 2, 1, 4),
+    Case("not_causal", 2, 6, 11, 4, 4, 8, causal=False),
+)
+
+
+def example_inputs(case: Case, key: jax.Array, dtype=jnp.float32) -> tuple[tuple[jax.Array, ...], dict]:
+    """Random (args, kwargs) of `attention` for a case; packed cases hold ids that come back."""
+    keys = jax.random.split(key, 4)
+    q = jax.random.normal(keys[0], (case.batch, case.time, case.heads, case.head_dim), dtype)
+    k = jax.random.normal(keys[1], (case.batch, case.keys, case.kv_heads, case.head_dim), dtype)
+    v = jax.random.normal(keys[2], (case.batch, case.keys, case.kv_heads, case.head_dim), dtype)
+    kwargs = {"causal": case.causal}
+    if case.packed:
+        changed = jax.random.bernoulli(keys[3], 0.2, (case.batch, case.time))
+        kwargs["segment_ids"] = jnp.cumsum(changed, axis=1) % 2
+    return (q, k, v), kwargs
+
+
+class DecodeCase(NamedTuple):
+    """Shapes and features of one test or benchmark case of `decode_attention`."""
+
+    name: str
+    batch: int
+    time: int
+    pages_of_row: int
+    page_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    paged: bool
+
+
+DECODE_CASES = (
+    DecodeCase("contiguous", 3, 1, 1, 24, 4, 2, 8, paged=False),
+    DecodeCase("draft_window", 2, 4, 1, 19, 4, 2, 8, paged=False),
+    DecodeCase("paged", 3, 2, 4, 5, 4, 2, 8, paged=True),
+)
+
+
+def decode_example_inputs(case: DecodeCase, key: jax.Array, dtype=jnp.float32) -> tuple[tuple[jax.Array, ...], dict]:
+    """Random (args, kwargs) of `decode_attention` for a case, lengths from 0 to as long as the cache allows."""
+    keys = jax.random.split(key, 4)
+    pages = case.batch * case.pages_of_row
+    q = jax.random.normal(keys[0], (case.batch, case.time, case.heads, case.head_dim), dtype)
+    k_cache = jax.random.normal(keys[1], (pages, case.page_size, case.kv_heads, case.head_dim), dtype)
+    v_cache = jax.random.normal(keys[2], (pages, case.page_size, case.kv_heads, case.head_dim), dtype)
+    longest = case.pages_of_row * case.page_size - case.time
+    lengths = jnp.linspace(0, longest, case.batch).astype(jnp.int32)
+    kwargs = {}
+    if case.paged:
+        kwargs["page_table"] = jax.random.permutation(keys[3], pages).reshape(case.batch, -1).astype(jnp.int32)
+    return (q, k_cache, v_cache, lengths), kwargs

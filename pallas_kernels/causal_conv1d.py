@@ -1,0 +1,156 @@
+"""Short depthwise causal convolution over time, with an optional SiLU.
+
+    pre_t = bias + sum_{j=0}^{K-1} w[:, j] x_{t-(K-1)+j}        y_t = silu(pre_t)        (per channel)
+
+The last column of w reads the token itself. A tap counts only if the token that it reads is in the same document;
+tokens before the row come from initial_state, which belongs to the document of token 0, and are zero without it.
+The state is the last K - 1 inputs in time order.
+
+Shift, multiply, add: XLA fuses it into one pass, where a grouped convolution becomes padded copies (measured).
+
+Shapes: B batch, T time, C channels, K taps.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import choose
+from pallas_kernels.segments import require_shape, run_ids
+
+ACTIVATIONS = {None: lambda pre: pre, "silu": jax.nn.silu}
+
+
+def causal_conv1d(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    activation: str | None = "silu",
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    return_final_state: bool = False,
+    impl: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Convolve each channel of x over time; differentiable in all float inputs.
+
+    Args:
+      x: [B, T, C].
+      w: [C, K].
+      bias: [C] or None.
+      activation: "silu" or None.
+      initial_state: [B, K-1, C], the inputs before token 0, oldest first; None is zeros.
+      segment_ids: [B, T] integers, compared for equality between neighbours only; None is one document a row.
+      return_final_state: also return the last K - 1 inputs [B, K-1, C]; those before the start of the last
+        document are zero.
+      impl: implementation name, None to choose (`dispatch.OPS`).
+
+    Returns:
+      y [B, T, C] in x's dtype (computed in float32, or float64 for float64 inputs), and with return_final_state the
+      state in initial_state's dtype, or x's without one.
+
+    Raises:
+      ValueError: shapes do not fit, unknown activation, or `impl` cannot run.
+    """
+    require_shape("causal_conv1d", "x", x, "[B, T, C]", (None,) * 3)
+    require_shape("causal_conv1d", "w", w, "[C, K]", (x.shape[2], None))
+    batch, time, channels = x.shape
+    taps = w.shape[1]
+    if bias is not None:
+        require_shape("causal_conv1d", "bias", bias, "[C]", (channels,))
+    if initial_state is not None:
+        require_shape("causal_conv1d", "initial_state", initial_state, "[B, K-1, C]", (batch, taps - 1, channels))
+    if segment_ids is not None:
+        require_shape("causal_conv1d", "segment_ids", segment_ids, "[B, T]", (batch, time))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"causal_conv1d: activation must be 'silu' or None, got {activation!r}")
+
+    run = None if segment_ids is None else run_ids(segment_ids)
+    y_BTC = _IMPLEMENTATIONS[choose("causal_conv1d", impl)](x, w, bias, initial_state, run, activation=activation)
+    if not return_final_state:
+        return y_BTC
+    state_BKC = final_state(x, initial_state, jnp.full((batch,), time, jnp.int32), taps)
+    if run is not None:
+        run_of_state = jnp.pad(run, ((0, 0), (taps - 1, 0)))[:, time:]  # the initial state is in run 0
+        state_BKC = jnp.where((run_of_state == run[:, -1:])[..., None], state_BKC, 0)
+    return y_BTC, state_BKC
+
+
+def causal_conv1d_reference(x_BTC, w, bias, state_BKC, run, *, activation):
+    """Shift, multiply, add; run [B, T] from `run_ids`, or None for one document a row."""
+    batch, time, channels = x_BTC.shape
+    taps = w.shape[1]
+    dtype = jnp.promote_types(jnp.result_type(x_BTC, w), jnp.float32)
+    before_BKC = jnp.zeros((batch, taps - 1, channels), x_BTC.dtype) if state_BKC is None else state_BKC
+    padded_BTC = jnp.concatenate([before_BKC.astype(dtype), x_BTC.astype(dtype)], axis=1)
+    padded_run = None if run is None else jnp.pad(run, ((0, 0), (taps - 1, 0)))  # the initial state is in run 0
+    pre_BTC = jnp.zeros((), dtype) if bias is None else bias.astype(dtype)
+    for tap in range(taps):
+        read_BTC = padded_BTC[:, tap : tap + time]
+        if run is not None:
+            read_BTC = jnp.where((padded_run[:, tap : tap + time] == run)[..., None], read_BTC, 0)
+        pre_BTC = pre_BTC + w[:, tap].astype(dtype) * read_BTC
+    return ACTIVATIONS[activation](pre_BTC).astype(x_BTC.dtype)
+
+
+def final_state(x: jax.Array, initial_state: jax.Array | None, lengths: jax.Array, taps: int) -> jax.Array:
+    """Return the last taps - 1 inputs before position lengths[b] of each row, for right-padded prompts.
+
+    Args:
+      x: [B, T, C].
+      initial_state: [B, taps-1, C] inputs before token 0 (reached where lengths[b] < taps - 1), None is zeros.
+      lengths: [B] int, 0 <= lengths[b] <= T.
+      taps: K, the width of the convolution.
+
+    Returns:
+      [B, taps-1, C] in time order, in initial_state's dtype, or x's without one.
+    """
+    if initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], taps - 1, x.shape[2]), x.dtype)
+    # Input t lies at t + taps - 1 of the concatenation, so the wanted window starts at lengths[b].
+    index = lengths[:, None] + jnp.arange(taps - 1)
+    padded_BTC = jnp.concatenate([initial_state, x.astype(initial_state.dtype)], axis=1)
+    return jnp.take_along_axis(padded_BTC, index[..., None], axis=1)
+
+
+_IMPLEMENTATIONS = {"reference": causal_conv1d_reference}
+
+
+class Case(NamedTuple):
+    """Shapes and features of one test or benchmark case."""
+
+    name: str
+    batch: int
+    time: int
+    channels: int
+    taps: int = 4
+    bias: bool = True
+    activation: str | None = "silu"
+    packed: bool = False
+    initial_state: bool = False
+
+
+CASES = (
+    Case("plain", 2, 19, 6),
+    Case("no_bias_no_activation", 1, 8, 3, bias=False, activation=None),
+    Case("shorter_than_taps", 2, 2, 5, initial_state=True),
+    Case("one_tap", 2, 7, 3, taps=1),
+    Case("packed", 2, 23, 6, packed=True),
+    Case("packed_state", 2, 23, 6, packed=True, initial_state=True),
+)
+
+
+def example_inputs(case: Case, key: jax.Array, dtype=jnp.float32) -> tuple[tuple[jax.Array, ...], dict]:
+    """Random (args, kwargs) of `causal_conv1d` for a case; packed cases hold one-token documents."""
+    keys = jax.random.split(key, 5)
+    x = jax.random.normal(keys[0], (case.batch, case.time, case.channels), dtype)
+    w = jax.random.normal(keys[1], (case.channels, case.taps), dtype)
+    bias = jax.random.normal(keys[2], (case.channels,), dtype) if case.bias else None
+    kwargs = {"activation": case.activation}
+    if case.packed:
+        changed = jax.random.bernoulli(keys[3], 0.35, (case.batch, case.time))
+        kwargs["segment_ids"] = jnp.cumsum(changed, axis=1) % 3
+    if case.initial_state:
+        kwargs["initial_state"] = jax.random.normal(keys[4], (case.batch, case.taps - 1, case.channels), dtype)
+    return (x, w, bias), kwargs

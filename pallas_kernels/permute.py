@@ -1,0 +1,157 @@
+"""Token dispatch of a mixture of experts: rows sorted by expert, and back with weights.
+
+    permute:    rows[row_map[i, j]] = x[i]         for slot j of token i; rows sorted by expert, tokens in order
+    unpermute:  y[i] = sum_j weights[i, j] rows[row_map[i, j]]
+
+row_map is a permutation of 0 .. M*K - 1, so both directions, forward and backward, are gathers: no scatter-add whose
+order could vary from run to run, no [tokens, experts] mask.
+
+Shapes: M tokens, K experts of a token, D width, E experts.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import choose
+from pallas_kernels.segments import require_shape
+
+
+def permute(
+    x: jax.Array, expert_ids: jax.Array, num_experts: int, *, impl: str | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Copy each token once per chosen expert, sorted by expert; differentiable in x.
+
+    Args:
+      x: [M, D].
+      expert_ids: [M, K] int, each in 0 .. num_experts - 1.
+      num_experts: E.
+      impl: implementation name, None to choose (`dispatch.OPS`).
+
+    Returns:
+      rows [M*K, D] in x's dtype, sorted by expert (stable: tokens of one expert stay in order);
+      group_sizes [E] int32, rows of each expert; row_map [M, K] int32, the row of each (token, slot).
+
+    Raises:
+      ValueError: shapes do not fit, or `impl` cannot run.
+    """
+    require_shape("permute", "x", x, "[M, D]", (None, None))
+    require_shape("permute", "expert_ids", expert_ids, "[M, K]", (x.shape[0], None))
+    return _PERMUTE[choose("permute", impl)](x, expert_ids, num_experts)
+
+
+def unpermute(rows: jax.Array, row_map: jax.Array, weights: jax.Array, *, impl: str | None = None) -> jax.Array:
+    """Weighted sum over the experts of each token; differentiable in rows and weights.
+
+    Args:
+      rows: [M*K, D], in the order of `permute`.
+      row_map: [M, K] int32 from `permute`.
+      weights: [M, K] float.
+      impl: implementation name, None to choose (`dispatch.OPS`).
+
+    Returns:
+      [M, D] in rows's dtype, summed in float32 (float64 for float64 inputs) in the order of the slots.
+
+    Raises:
+      ValueError: shapes do not fit, or `impl` cannot run.
+    """
+    require_shape("unpermute", "row_map", row_map, "[M, K]", (None, None))
+    require_shape("unpermute", "rows", rows, "[M*K, D]", (row_map.size, None))
+    require_shape("unpermute", "weights", weights, "[M, K]", row_map.shape)
+    return _UNPERMUTE[choose("unpermute", impl)](rows, row_map, weights)
+
+
+def permute_reference(x, expert_ids, num_experts):
+    expert_of_entry = expert_ids.reshape(-1).astype(jnp.int32)
+    entry_of_row = jnp.argsort(expert_of_entry, stable=True).astype(jnp.int32)
+    # Where each expert's rows end, found in the sorted ids.
+    ends = jnp.searchsorted(expert_of_entry[entry_of_row], jnp.arange(num_experts), side="right")
+    group_sizes = jnp.diff(ends, prepend=0).astype(jnp.int32)
+    row_map = _inverse(entry_of_row).reshape(expert_ids.shape)
+    return _copy_rows(x, entry_of_row, row_map), group_sizes, row_map
+
+
+def unpermute_reference(rows, row_map, weights):
+    return _combine(rows, row_map, weights)
+
+
+def _inverse(permutation):
+    """Inverse of a permutation; the indices are unique, so the scatter has one possible result."""
+    index = jnp.arange(permutation.size, dtype=jnp.int32)
+    return jnp.zeros_like(index).at[permutation].set(index, unique_indices=True)
+
+
+@jax.custom_vjp
+def _copy_rows(x, entry_of_row, row_map):
+    return x[entry_of_row // row_map.shape[1]]
+
+
+def _copy_rows_fwd(x, entry_of_row, row_map):
+    return _copy_rows(x, entry_of_row, row_map), row_map
+
+
+def _copy_rows_bwd(row_map, d_rows):
+    dtype = jnp.promote_types(d_rows.dtype, jnp.float32)
+    d_x = sum(d_rows[row_map[:, slot]].astype(dtype) for slot in range(row_map.shape[1]))
+    return d_x.astype(d_rows.dtype), None, None
+
+
+_copy_rows.defvjp(_copy_rows_fwd, _copy_rows_bwd)
+
+
+@jax.custom_vjp
+def _combine(rows, row_map, weights):
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    # One slot at a time: [M, K, D] is never held.
+    slots = range(row_map.shape[1])
+    y = sum(weights[:, slot, None].astype(dtype) * rows[row_map[:, slot]].astype(dtype) for slot in slots)
+    return y.astype(rows.dtype)
+
+
+def _combine_fwd(rows, row_map, weights):
+    return _combine(rows, row_map, weights), (rows, row_map, weights)
+
+
+def _combine_bwd(residuals, d_y):
+    rows, row_map, weights = residuals
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    d_y = d_y.astype(dtype)
+    slots = range(row_map.shape[1])
+    d_weights = jnp.stack([(d_y * rows[row_map[:, slot]].astype(dtype)).sum(-1) for slot in slots], axis=1)
+    entry_of_row = _inverse(row_map.reshape(-1))
+    weight_of_row = weights.reshape(-1)[entry_of_row].astype(dtype)
+    d_rows = weight_of_row[:, None] * d_y[entry_of_row // row_map.shape[1]]
+    return d_rows.astype(rows.dtype), None, d_weights.astype(weights.dtype)
+
+
+_combine.defvjp(_combine_fwd, _combine_bwd)
+
+_PERMUTE = {"reference": permute_reference}
+_UNPERMUTE = {"reference": unpermute_reference}
+
+
+class Case(NamedTuple):
+    """Shapes of one test or benchmark case."""
+
+    name: str
+    tokens: int
+    slots: int
+    width: int
+    experts: int
+
+
+CASES = (
+    Case("one_expert", 5, 1, 3, 1),
+    Case("one_slot", 17, 1, 4, 4),
+    Case("several_slots", 23, 3, 5, 8),
+    Case("more_experts_than_rows", 4, 2, 3, 32),
+)
+
+
+def example_inputs(case: Case, key: jax.Array, dtype=jnp.float32) -> tuple[tuple, dict]:
+    """Random (args, kwargs) of `permute` for a case: the experts of a token are distinct, as a top-k gives them."""
+    key_x, key_ids = jax.random.split(key)
+    x = jax.random.normal(key_x, (case.tokens, case.width), dtype)
+    scores = jax.random.uniform(key_ids, (case.tokens, case.experts))
+    return (x, jax.lax.top_k(scores, case.slots)[1], case.experts), {}
