@@ -1,6 +1,8 @@
 PY := .venv/bin/python
 WORKDIR ?= runs/quickstart
 ARGS ?=
+# A file's tests stay in one process, so that they share what they compile.
+PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help setup train test test-all lint format clean
 
@@ -14,10 +16,10 @@ train: setup ## the quickstart; WORKDIR=runs/quickstart and ARGS="--config.train
 	$(PY) train.py --config=configs/quickstart.py --workdir="$(WORKDIR)" $(ARGS)
 
 test: lint ## lint and every fast test
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-all: lint ## lint and every test that needs no GPU, the slow ones too
-	$(PY) -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 lint: setup ## ruff and mypy
 	$(PY) -m ruff check .

@@ -12,7 +12,6 @@ version_fits = (3, 12) <= sys.version_info[:2] <= (3, 14)
 free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 sys.exit(not version_fits or free_threaded or sys.implementation.name != "cpython")
 '
-UV_VERSIONS='>=3.12,<3.15'
 
 # Only running an interpreter tells whether it is one: a pyenv shim is on PATH for versions that are not activated.
 suitable() { "$1" -c "$SUITABLE" </dev/null >/dev/null 2>&1; }
@@ -30,7 +29,7 @@ candidates() {
 }
 
 make_venv() {
-  local python without_ensurepip=
+  local python version without_ensurepip=
   while IFS= read -r python; do
     suitable "$python" || continue
     if "$python" -c 'import ensurepip, venv' </dev/null >/dev/null 2>&1; then
@@ -39,11 +38,14 @@ make_venv() {
       return
     fi
     without_ensurepip="${without_ensurepip:-$python}" # Debian and Ubuntu split `venv` off into a package of its own
-  done < <(candidates)
+  done <<<"$(candidates)"
 
   if command -v uv >/dev/null; then
     echo "Making .venv with uv"
-    if uv venv --quiet --python "${without_ensurepip:-$UV_VERSIONS}" .venv; then return; fi
+    # Asked for a range, uv would download the newest; where none is installed, take the oldest.
+    python=${without_ensurepip:-$(uv python find --no-python-downloads '>=3.12,<3.15' 2>/dev/null || echo 3.12)}
+    uv venv --quiet --python "$python" .venv
+    return
   fi
   if [ -n "$without_ensurepip" ]; then
     version=$("$without_ensurepip" -c 'import sys; print("%d.%d" % sys.version_info[:2])')

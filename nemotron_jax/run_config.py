@@ -200,6 +200,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     for name in values:
         _check(name in known, f"unknown config group {name!r}.{did_you_mean(name, known)}")
     _check("model" in values, "the config has no group model: set model.preset or model.pattern.")
+    _check(isinstance(values["model"], dict), f"model must be a group of keys, got {values['model']!r}.")
     groups = {
         name: cls(**_typed(cls, name, values[name])) for name, cls in GROUPS.items() if values.get(name) is not None
     }
@@ -219,7 +220,7 @@ def _model(values: dict[str, Any]) -> ModelConfig:
     for key, value in values.items():
         if key in MODEL_SECTIONS and value is not None:
             value = _typed(MODEL_SECTIONS[key], f"model.{key}", value)
-            if not value and not (key == "mtp" and name is None):
+            if not value:
                 continue
         if value is not None:
             overrides[key] = value
@@ -237,6 +238,7 @@ def _model(values: dict[str, Any]) -> ModelConfig:
 
 
 def _typed(cls: type, shown: str, values: dict[str, Any]) -> dict[str, Any]:
+    _check(isinstance(values, dict), f"{shown} must be a group of keys, got {values!r}.")
     types_of = field_types(cls)
     result = {}
     for key, value in values.items():

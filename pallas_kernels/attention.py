@@ -6,17 +6,19 @@ Query head h reads key/value head h // (H / KV). No positions are encoded (Nemot
 no key gives zeros.
 
 Shapes: B batch, T queries, S keys, H query heads, V key/value heads, R = H / V query heads of a key/value head,
-D head dim.
+X = R * T rows of one product, D head dim.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
-from pallas_kernels.dispatch import choose
-from pallas_kernels.segments import require_shape, run_ids
+from pallas_kernels.dispatch import choose, require_shape
+from pallas_kernels.segments import run_ids
 
 # Above this many query-key pairs a row, queries go block by block, each block recomputed in the backward pass, so
 # that the [T, S] probabilities never exist at once.
@@ -80,8 +82,18 @@ def attention(
     return implementation(q, k, v, segment_ids, kv_segment_ids, causal=causal, scale=scale)
 
 
-def attention_reference(q_BTHD, k_BSVD, v_BSVD, segment_ids, kv_segment_ids, *, causal, scale, blocked=None):
-    """Plain attention; `blocked` None goes query block by query block where T * S is large."""
+def attention_reference(
+    q_BTHD: jax.Array,
+    k_BSVD: jax.Array,
+    v_BSVD: jax.Array,
+    segment_ids: jax.Array | None,
+    kv_segment_ids: jax.Array | None,
+    *,
+    causal: bool,
+    scale: float,
+    query_block: int | None = None,
+) -> jax.Array:
+    """All queries at once, or `query_block` at a time (None: where T * S is large)."""
     batch, time = q_BTHD.shape[:2]
     keys = k_BSVD.shape[1]
     query_position = jnp.arange(time) + (keys - time)
@@ -90,26 +102,26 @@ def attention_reference(q_BTHD, k_BSVD, v_BSVD, segment_ids, kv_segment_ids, *, 
         visible = jnp.ones((1, position.shape[0], keys), bool)
         if causal:
             visible = (jnp.arange(keys) <= position[:, None])[None]
-        if segment is not None:
+        if segment is not None and kv_segment_ids is not None:
             visible = visible & (segment[:, :, None] == kv_segment_ids[:, None, :])
         return _attend(q_BQHD, k_BSVD, v_BSVD, visible, scale)
 
-    if blocked is None:
-        blocked = time * keys > PLAIN_PAIRS
-    if not blocked:
+    if query_block is None:
+        query_block = QUERY_BLOCK if time * keys > PLAIN_PAIRS else time
+    if query_block >= time:
         return attend(q_BTHD, query_position, segment_ids)
 
-    blocks = -(-time // QUERY_BLOCK)
+    blocks = -(-time // query_block)
 
     def split(z, axis):
         widths = [(0, 0)] * z.ndim
-        widths[axis] = (0, blocks * QUERY_BLOCK - time)
-        z = jnp.pad(z, widths).reshape(*z.shape[:axis], blocks, QUERY_BLOCK, *z.shape[axis + 1 :])
+        widths[axis] = (0, blocks * query_block - time)
+        z = jnp.pad(z, widths).reshape(*z.shape[:axis], blocks, query_block, *z.shape[axis + 1 :])
         return jnp.moveaxis(z, axis, 0)
 
     inputs = (split(q_BTHD, 1), split(query_position, 0), None if segment_ids is None else split(segment_ids, 1))
     _, out = jax.lax.scan(jax.checkpoint(lambda _, block: (None, attend(*block))), None, inputs)
-    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * QUERY_BLOCK, *q_BTHD.shape[2:])[:, :time]
+    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * query_block, *q_BTHD.shape[2:])[:, :time]
 
 
 def decode_attention(
@@ -153,7 +165,15 @@ def decode_attention(
     return implementation(q, k_cache, v_cache, lengths, page_table, scale=scale)
 
 
-def decode_attention_reference(q_BTHD, k_cache, v_cache, lengths, page_table, *, scale):
+def decode_attention_reference(
+    q_BTHD: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    lengths: jax.Array,
+    page_table: jax.Array | None,
+    *,
+    scale: float,
+) -> jax.Array:
     """Gather the pages of each row, then plain attention with a mask by position."""
     batch, time = q_BTHD.shape[:2]
 
@@ -172,20 +192,26 @@ def decode_attention_reference(q_BTHD, k_cache, v_cache, lengths, page_table, *,
 
 
 def _attend(q_BTHD, k_BSVD, v_BSVD, visible, scale):
-    """visible: bool [B or 1, T, S]."""
+    """visible: bool [B or 1, T, S].
+
+    The heads go before time and the R query heads of a key/value head become rows of one product: twice to three
+    times as fast on XLA:CPU as leaving the transposes to einsum.
+    """
     dtype = jnp.promote_types(q_BTHD.dtype, jnp.float32)
     batch, time, heads, head_dim = q_BTHD.shape
-    kv_heads = k_BSVD.shape[2]
-    q_BTVRD = q_BTHD.astype(dtype).reshape(batch, time, kv_heads, heads // kv_heads, head_dim) * scale
-    logits_BVRTS = _einsum("btvrd,bsvd->bvrts", q_BTVRD, k_BSVD.astype(dtype))
+    keys, kv_heads = k_BSVD.shape[1:3]
+    per_head = (batch, kv_heads, heads // kv_heads, time)
+    rows = (batch, kv_heads, heads // kv_heads * time)
+    q_BTVRD = (q_BTHD.astype(dtype) * scale).reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
+    q_BVXD = q_BTVRD.transpose(0, 2, 3, 1, 4).reshape(*rows, head_dim)
+    k_BVSD, v_BVSD = (z.astype(dtype).transpose(0, 2, 1, 3) for z in (k_BSVD, v_BSVD))
+    logits_BVRTS = _einsum("bvxd,bvsd->bvxs", q_BVXD, k_BVSD).reshape(*per_head, keys)
     visible = visible[:, None, None]
-    logits_BVRTS = jnp.where(visible, logits_BVRTS, jnp.finfo(dtype).min)
-    largest = jax.lax.stop_gradient(logits_BVRTS.max(axis=-1, keepdims=True))
-    p_BVRTS = jnp.where(visible, jnp.exp(logits_BVRTS - largest), 0)
-    total = p_BVRTS.sum(axis=-1, keepdims=True)
-    p_BVRTS = p_BVRTS / jnp.where(total > 0, total, 1)  # total is 0 only where a query sees no key
-    out_BTVRD = _einsum("bvrts,bsvd->btvrd", p_BVRTS, v_BSVD.astype(dtype))
-    return out_BTVRD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
+    p_BVRTS = jax.nn.softmax(jnp.where(visible, logits_BVRTS, jnp.finfo(dtype).min), axis=-1)
+    out_BVRTD = _einsum("bvxs,bvsd->bvxd", p_BVRTS.reshape(*rows, keys), v_BVSD).reshape(*per_head, head_dim)
+    # A query that sees no key has equal weights so far.
+    out_BVRTD = jnp.where(visible.any(axis=-1, keepdims=True), out_BVRTD, 0)
+    return out_BVRTD.transpose(0, 3, 1, 2, 4).reshape(q_BTHD.shape).astype(q_BTHD.dtype)
 
 
 def _check_heads(op, heads, kv_heads):
@@ -221,16 +247,22 @@ CASES = (
 )
 
 
-def example_inputs(case: Case, key: jax.Array, dtype=jnp.float32) -> tuple[tuple[jax.Array, ...], dict]:
+def example_inputs(
+    case: Case, seed: int = 0, dtype: DTypeLike = jnp.float32
+) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
     """Random (args, kwargs) of `attention` for a case; packed cases hold ids that come back."""
-    keys = jax.random.split(key, 4)
-    q = jax.random.normal(keys[0], (case.batch, case.time, case.heads, case.head_dim), dtype)
-    k = jax.random.normal(keys[1], (case.batch, case.keys, case.kv_heads, case.head_dim), dtype)
-    v = jax.random.normal(keys[2], (case.batch, case.keys, case.kv_heads, case.head_dim), dtype)
-    kwargs = {"causal": case.causal}
+    random = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
+    q = normal(case.batch, case.time, case.heads, case.head_dim)
+    k = normal(case.batch, case.keys, case.kv_heads, case.head_dim)
+    v = normal(case.batch, case.keys, case.kv_heads, case.head_dim)
+    kwargs: dict[str, Any] = {"causal": case.causal}
     if case.packed:
-        changed = jax.random.bernoulli(keys[3], 0.2, (case.batch, case.time))
-        kwargs["segment_ids"] = jnp.cumsum(changed, axis=1) % 2
+        changed = random.random((case.batch, case.time)) < 0.2
+        kwargs["segment_ids"] = jnp.asarray(np.cumsum(changed, axis=1) % 2, jnp.int32)
     return (q, k, v), kwargs
 
 
@@ -255,16 +287,22 @@ DECODE_CASES = (
 )
 
 
-def decode_example_inputs(case: DecodeCase, key: jax.Array, dtype=jnp.float32) -> tuple[tuple[jax.Array, ...], dict]:
+def decode_example_inputs(
+    case: DecodeCase, seed: int = 0, dtype: DTypeLike = jnp.float32
+) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
     """Random (args, kwargs) of `decode_attention` for a case, lengths from 0 to as long as the cache allows."""
-    keys = jax.random.split(key, 4)
+    random = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
     pages = case.batch * case.pages_of_row
-    q = jax.random.normal(keys[0], (case.batch, case.time, case.heads, case.head_dim), dtype)
-    k_cache = jax.random.normal(keys[1], (pages, case.page_size, case.kv_heads, case.head_dim), dtype)
-    v_cache = jax.random.normal(keys[2], (pages, case.page_size, case.kv_heads, case.head_dim), dtype)
+    q = normal(case.batch, case.time, case.heads, case.head_dim)
+    k_cache = normal(pages, case.page_size, case.kv_heads, case.head_dim)
+    v_cache = normal(pages, case.page_size, case.kv_heads, case.head_dim)
     longest = case.pages_of_row * case.page_size - case.time
-    lengths = jnp.linspace(0, longest, case.batch).astype(jnp.int32)
-    kwargs = {}
+    lengths = jnp.asarray(np.linspace(0, longest, case.batch), jnp.int32)
+    kwargs: dict[str, Any] = {}
     if case.paged:
-        kwargs["page_table"] = jax.random.permutation(keys[3], pages).reshape(case.batch, -1).astype(jnp.int32)
+        kwargs["page_table"] = jnp.asarray(random.permutation(pages).reshape(case.batch, -1), jnp.int32)
     return (q, k_cache, v_cache, lengths), kwargs

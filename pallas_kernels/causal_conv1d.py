@@ -11,15 +11,18 @@ Shift, multiply, add: XLA fuses it into one pass, where a grouped convolution be
 Shapes: B batch, T time, C channels, K taps.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
-from pallas_kernels.dispatch import choose
-from pallas_kernels.segments import require_shape, run_ids
+from pallas_kernels.dispatch import choose, require_shape
+from pallas_kernels.segments import run_ids
 
-ACTIVATIONS = {None: lambda pre: pre, "silu": jax.nn.silu}
+ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {None: lambda pre: pre, "silu": jax.nn.silu}
 
 
 def causal_conv1d(
@@ -77,19 +80,27 @@ def causal_conv1d(
     return y_BTC, state_BKC
 
 
-def causal_conv1d_reference(x_BTC, w, bias, state_BKC, run, *, activation):
+def causal_conv1d_reference(
+    x_BTC: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    state_BKC: jax.Array | None,
+    run: jax.Array | None,
+    *,
+    activation: str | None,
+) -> jax.Array:
     """Shift, multiply, add; run [B, T] from `run_ids`, or None for one document a row."""
     batch, time, channels = x_BTC.shape
     taps = w.shape[1]
     dtype = jnp.promote_types(jnp.result_type(x_BTC, w), jnp.float32)
     before_BKC = jnp.zeros((batch, taps - 1, channels), x_BTC.dtype) if state_BKC is None else state_BKC
     padded_BTC = jnp.concatenate([before_BKC.astype(dtype), x_BTC.astype(dtype)], axis=1)
-    padded_run = None if run is None else jnp.pad(run, ((0, 0), (taps - 1, 0)))  # the initial state is in run 0
     pre_BTC = jnp.zeros((), dtype) if bias is None else bias.astype(dtype)
     for tap in range(taps):
         read_BTC = padded_BTC[:, tap : tap + time]
         if run is not None:
-            read_BTC = jnp.where((padded_run[:, tap : tap + time] == run)[..., None], read_BTC, 0)
+            read_run = jnp.pad(run, ((0, 0), (taps - 1, 0)))[:, tap : tap + time]  # the initial state is in run 0
+            read_BTC = jnp.where((read_run == run)[..., None], read_BTC, 0)
         pre_BTC = pre_BTC + w[:, tap].astype(dtype) * read_BTC
     return ACTIVATIONS[activation](pre_BTC).astype(x_BTC.dtype)
 
@@ -141,16 +152,22 @@ CASES = (
 )
 
 
-def example_inputs(case: Case, key: jax.Array, dtype=jnp.float32) -> tuple[tuple[jax.Array, ...], dict]:
+def example_inputs(
+    case: Case, seed: int = 0, dtype: DTypeLike = jnp.float32
+) -> tuple[tuple[jax.Array | None, ...], dict[str, Any]]:
     """Random (args, kwargs) of `causal_conv1d` for a case; packed cases hold one-token documents."""
-    keys = jax.random.split(key, 5)
-    x = jax.random.normal(keys[0], (case.batch, case.time, case.channels), dtype)
-    w = jax.random.normal(keys[1], (case.channels, case.taps), dtype)
-    bias = jax.random.normal(keys[2], (case.channels,), dtype) if case.bias else None
-    kwargs = {"activation": case.activation}
+    random = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
+    x = normal(case.batch, case.time, case.channels)
+    w = normal(case.channels, case.taps)
+    bias = normal(case.channels) if case.bias else None
+    kwargs: dict[str, Any] = {"activation": case.activation}
     if case.packed:
-        changed = jax.random.bernoulli(keys[3], 0.35, (case.batch, case.time))
-        kwargs["segment_ids"] = jnp.cumsum(changed, axis=1) % 3
+        changed = random.random((case.batch, case.time)) < 0.35
+        kwargs["segment_ids"] = jnp.asarray(np.cumsum(changed, axis=1) % 3, jnp.int32)
     if case.initial_state:
-        kwargs["initial_state"] = jax.random.normal(keys[4], (case.batch, case.taps - 1, case.channels), dtype)
+        kwargs["initial_state"] = normal(case.batch, case.taps - 1, case.channels)
     return (x, w, bias), kwargs

@@ -1,4 +1,4 @@
-"""The one place that chooses an implementation of an operation.
+"""The one place that chooses an implementation of an operation, and the shape check that all of them share.
 
 `OPS` lists, for each op, its implementations in order of preference. An implementation is a name and a support
 check: a function of no arguments that returns "" where the implementation runs, or the reason why it does not.
@@ -9,6 +9,7 @@ table, and put its name and check here, before the implementations that it beats
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 SupportCheck = Callable[[], str]
 
@@ -20,7 +21,7 @@ def _anywhere() -> str:
 OPS: dict[str, dict[str, SupportCheck]] = {
     "ssd": {"reference": _anywhere},
     "causal_conv1d": {"reference": _anywhere},
-    "grouped_matmul": {"reference": _anywhere},
+    "grouped_matmul": {"blocked": _anywhere, "reference": _anywhere},
     "attention": {"reference": _anywhere},
     "decode_attention": {"reference": _anywhere},
     "permute": {"reference": _anywhere},
@@ -53,3 +54,11 @@ def choose(op: str, impl: str | None = None) -> str:
 def describe() -> dict[str, str]:
     """Return {op: name of the implementation that impl=None picks on this platform}, for the start-up table."""
     return {op: choose(op) for op in OPS}
+
+
+def require_shape(op: str, name: str, array: jax.Array, legend: str, expected: tuple[int | None, ...]) -> None:
+    """Raise ValueError unless `array` has the `expected` shape (None: any size)."""
+    shape = jnp.shape(array)
+    if len(shape) != len(expected) or any(e not in (None, s) for e, s in zip(expected, shape, strict=True)):
+        want = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{op}: {name} must have shape {legend} = [{want}], got {list(shape)}")

@@ -7,15 +7,20 @@ Rows past sum(group_sizes) give zeros (and get zero gradients). relu2(z) = max(z
 Shapes: M rows, K inputs, N outputs, E groups (experts).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
-from pallas_kernels.dispatch import choose
-from pallas_kernels.segments import require_shape
+from pallas_kernels.dispatch import choose, require_shape
 
-ACTIVATIONS = {None: lambda z: z, "relu2": lambda z: jnp.square(jax.nn.relu(z))}
+ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
+    None: lambda z: z,
+    "relu2": lambda z: jnp.square(jax.nn.relu(z)),
+}
 
 
 def grouped_matmul(
@@ -50,15 +55,110 @@ def grouped_matmul(
     return ACTIVATIONS[activation](product).astype(lhs.dtype)
 
 
-def grouped_matmul_reference(lhs, rhs, group_sizes):
-    """[M, K], [E, K, N], [E] -> [M, N] in the accumulation dtype. XLA:CPU does E times the needed work here."""
+def grouped_matmul_reference(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """[M, K], [E, K, N], [E] -> [M, N] in the accumulation dtype.
+
+    XLA:CPU and XLA:GPU compute it as E masked products of all rows, so it is the truth, not the default.
+    """
     dtype = jnp.promote_types(lhs.dtype, jnp.float32)
-    return jax.lax.ragged_dot(
-        lhs, rhs, group_sizes, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype
-    )
+    return jax.lax.ragged_dot(lhs, rhs, group_sizes, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
-_IMPLEMENTATIONS = {"reference": grouped_matmul_reference}
+@jax.custom_vjp
+def grouped_matmul_blocked(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """The same in plain XLA with no wasted products but the last block of a group: [M, N] accumulation dtype.
+
+    On two CPU cores, 8192 rows, K 192, N 256, 16 groups: 11 ms against 95 ms of the reference, forward and backward
+    17 ms against 257 ms; a batched product over padded, gathered blocks measured the same and needs more memory.
+    """
+    return _multiply(lhs, rhs, group_sizes, "mk,kn->mn")
+
+
+def _blocked_fwd(lhs, rhs, group_sizes):
+    return grouped_matmul_blocked(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+
+
+def _blocked_bwd(residuals, d_out):
+    lhs, rhs, group_sizes = residuals
+    d_out = d_out.astype(lhs.dtype)  # the operand type of the forward product
+    d_lhs = _multiply(d_out, rhs, group_sizes, "mn,kn->mk")
+    d_rhs = _outer_products(lhs, d_out, group_sizes)
+    return d_lhs.astype(lhs.dtype), d_rhs.astype(rhs.dtype), None
+
+
+grouped_matmul_blocked.defvjp(_blocked_fwd, _blocked_bwd)
+
+ROW_BLOCK = 128
+
+
+def _row_block(rows):
+    return min(ROW_BLOCK, max(rows, 1))
+
+
+def _pad_rows(z, block):
+    """A block that starts in the last row must fit: dynamic_slice would move it back."""
+    return jnp.pad(z, ((0, block), (0, 0)))
+
+
+def _multiply(lhs, rhs, group_sizes, spec):
+    """Each group's rows times its matrix, block by block, in the order of the rows.
+
+    A group's last block runs into the rows after it. They are written again: by their own group, which comes later,
+    or, past the sum, by the zeros at the end.
+    """
+    rows = lhs.shape[0]
+    width = rhs.shape[2] if spec.endswith("n") else rhs.shape[1]
+    block = _row_block(rows)
+    dtype = jnp.promote_types(lhs.dtype, jnp.float32)
+    padded = _pad_rows(lhs, block)
+    ends = jnp.cumsum(group_sizes)
+
+    def one_group(out, group):
+        weight, start, size = group
+
+        def one_block(i, out):
+            row = start + i * block
+            taken = jax.lax.dynamic_slice_in_dim(padded, row, block)
+            product = jnp.einsum(spec, taken, weight, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+            return jax.lax.dynamic_update_slice_in_dim(out, product, row, axis=0)
+
+        return jax.lax.fori_loop(0, -(-size // block), one_block, out), None
+
+    out = jnp.zeros((rows + block, width), dtype)
+    out, _ = jax.lax.scan(one_group, out, (rhs, ends - group_sizes, group_sizes))
+    return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out[:rows], 0)
+
+
+def _outer_products(lhs, d_out, group_sizes):
+    """[M, K], [M, N] -> [E, K, N]: the sum over each group's rows of lhs_row^T d_out_row."""
+    rows = lhs.shape[0]
+    block = _row_block(rows)
+    dtype = jnp.promote_types(lhs.dtype, jnp.float32)
+    lhs_padded, d_out_padded = _pad_rows(lhs, block), _pad_rows(d_out, block)
+
+    def one_group(_, group):
+        start, size = group
+
+        def one_block(i, total):
+            row = start + i * block
+            inside = (jnp.arange(block) + i * block < size)[:, None]
+            # Both sides are masked: a row past the sum may hold NaN, and 0 * NaN is NaN.
+            taken = jnp.where(inside, jax.lax.dynamic_slice_in_dim(lhs_padded, row, block), 0)
+            d_taken = jnp.where(inside, jax.lax.dynamic_slice_in_dim(d_out_padded, row, block), 0)
+            return total + jnp.einsum(
+                "mk,mn->kn", taken, d_taken, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype
+            )
+
+        zeros = jnp.zeros((lhs.shape[1], d_out.shape[1]), dtype)
+        return None, jax.lax.fori_loop(0, -(-size // block), one_block, zeros)
+
+    return jax.lax.scan(one_group, None, (jnp.cumsum(group_sizes) - group_sizes, group_sizes))[1]
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "blocked": grouped_matmul_blocked,
+    "reference": grouped_matmul_reference,
+}
 
 
 class Case(NamedTuple):
@@ -83,9 +183,15 @@ CASES = (
 )
 
 
-def example_inputs(case: Case, key: jax.Array, dtype=jnp.float32) -> tuple[tuple[jax.Array, ...], dict]:
+def example_inputs(
+    case: Case, seed: int = 0, dtype: DTypeLike = jnp.float32
+) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
     """Random (args, kwargs) of `grouped_matmul` for a case."""
-    key_lhs, key_rhs = jax.random.split(key)
-    lhs = jax.random.normal(key_lhs, (case.rows, case.inputs), dtype)
-    rhs = jax.random.normal(key_rhs, (len(case.group_sizes), case.inputs, case.outputs), dtype)
+    random = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
+    lhs = normal(case.rows, case.inputs)
+    rhs = normal(len(case.group_sizes), case.inputs, case.outputs)
     return (lhs, rhs, jnp.array(case.group_sizes, jnp.int32)), {"activation": case.activation}

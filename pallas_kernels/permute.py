@@ -9,13 +9,14 @@ order could vary from run to run, no [tokens, experts] mask.
 Shapes: M tokens, K experts of a token, D width, E experts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
-from pallas_kernels.dispatch import choose
-from pallas_kernels.segments import require_shape
+from pallas_kernels.dispatch import choose, require_shape
 
 
 def permute(
@@ -62,7 +63,8 @@ def unpermute(rows: jax.Array, row_map: jax.Array, weights: jax.Array, *, impl: 
     return _UNPERMUTE[choose("unpermute", impl)](rows, row_map, weights)
 
 
-def permute_reference(x, expert_ids, num_experts):
+def permute_reference(x: jax.Array, expert_ids: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sort the entries (token, slot) by expert and gather."""
     expert_of_entry = expert_ids.reshape(-1).astype(jnp.int32)
     entry_of_row = jnp.argsort(expert_of_entry, stable=True).astype(jnp.int32)
     # Where each expert's rows end, found in the sorted ids.
@@ -70,10 +72,6 @@ def permute_reference(x, expert_ids, num_experts):
     group_sizes = jnp.diff(ends, prepend=0).astype(jnp.int32)
     row_map = _inverse(entry_of_row).reshape(expert_ids.shape)
     return _copy_rows(x, entry_of_row, row_map), group_sizes, row_map
-
-
-def unpermute_reference(rows, row_map, weights):
-    return _combine(rows, row_map, weights)
 
 
 def _inverse(permutation):
@@ -93,7 +91,9 @@ def _copy_rows_fwd(x, entry_of_row, row_map):
 
 def _copy_rows_bwd(row_map, d_rows):
     dtype = jnp.promote_types(d_rows.dtype, jnp.float32)
-    d_x = sum(d_rows[row_map[:, slot]].astype(dtype) for slot in range(row_map.shape[1]))
+    d_x = jnp.zeros((row_map.shape[0], d_rows.shape[1]), dtype)
+    for slot in range(row_map.shape[1]):
+        d_x += d_rows[row_map[:, slot]].astype(dtype)
     return d_x.astype(d_rows.dtype), None, None
 
 
@@ -101,19 +101,20 @@ _copy_rows.defvjp(_copy_rows_fwd, _copy_rows_bwd)
 
 
 @jax.custom_vjp
-def _combine(rows, row_map, weights):
+def unpermute_reference(rows: jax.Array, row_map: jax.Array, weights: jax.Array) -> jax.Array:
+    """Gather and add one slot at a time: [M, K, D] is never held."""
     dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    # One slot at a time: [M, K, D] is never held.
-    slots = range(row_map.shape[1])
-    y = sum(weights[:, slot, None].astype(dtype) * rows[row_map[:, slot]].astype(dtype) for slot in slots)
+    y = jnp.zeros((row_map.shape[0], rows.shape[1]), dtype)
+    for slot in range(row_map.shape[1]):
+        y += weights[:, slot, None].astype(dtype) * rows[row_map[:, slot]].astype(dtype)
     return y.astype(rows.dtype)
 
 
-def _combine_fwd(rows, row_map, weights):
-    return _combine(rows, row_map, weights), (rows, row_map, weights)
+def _unpermute_fwd(rows, row_map, weights):
+    return unpermute_reference(rows, row_map, weights), (rows, row_map, weights)
 
 
-def _combine_bwd(residuals, d_y):
+def _unpermute_bwd(residuals, d_y):
     rows, row_map, weights = residuals
     dtype = jnp.promote_types(rows.dtype, jnp.float32)
     d_y = d_y.astype(dtype)
@@ -125,7 +126,7 @@ def _combine_bwd(residuals, d_y):
     return d_rows.astype(rows.dtype), None, d_weights.astype(weights.dtype)
 
 
-_combine.defvjp(_combine_fwd, _combine_bwd)
+unpermute_reference.defvjp(_unpermute_fwd, _unpermute_bwd)
 
 _PERMUTE = {"reference": permute_reference}
 _UNPERMUTE = {"reference": unpermute_reference}
@@ -149,9 +150,10 @@ CASES = (
 )
 
 
-def example_inputs(case: Case, key: jax.Array, dtype=jnp.float32) -> tuple[tuple, dict]:
+def example_inputs(case: Case, seed: int = 0, dtype: DTypeLike = jnp.float32) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Random (args, kwargs) of `permute` for a case: the experts of a token are distinct, as a top-k gives them."""
-    key_x, key_ids = jax.random.split(key)
-    x = jax.random.normal(key_x, (case.tokens, case.width), dtype)
-    scores = jax.random.uniform(key_ids, (case.tokens, case.experts))
-    return (x, jax.lax.top_k(scores, case.slots)[1], case.experts), {}
+    random = np.random.default_rng(seed)
+    x = jnp.asarray(random.standard_normal((case.tokens, case.width)), dtype)
+    scores = random.random((case.tokens, case.experts))
+    expert_ids = jnp.asarray(np.argsort(-scores, axis=1)[:, : case.slots], jnp.int32)
+    return (x, expert_ids, case.experts), {}

@@ -1,4 +1,4 @@
-"""Documents packed into one row, and the one shape check that all ops share."""
+"""Documents packed into one row."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,3 @@ def run_ids(segment_ids: jax.Array) -> jax.Array:
     """
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(jnp.cumsum(changed, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-
-
-def require_shape(op: str, name: str, array: jax.Array, legend: str, expected: tuple[int | None, ...]) -> None:
-    """Raise ValueError unless `array` has the `expected` shape (None: any size)."""
-    shape = jnp.shape(array)
-    if len(shape) != len(expected) or any(e not in (None, s) for e, s in zip(expected, shape, strict=True)):
-        want = ", ".join("any" if e is None else str(e) for e in expected)
-        raise ValueError(f"{op}: {name} must have shape {legend} = [{want}], got {list(shape)}")

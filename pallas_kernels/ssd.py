@@ -21,13 +21,16 @@ C chunk length (einsum letters l and s: two positions of one chunk).
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
-from pallas_kernels.dispatch import choose
-from pallas_kernels.segments import require_shape, run_ids
+from pallas_kernels.dispatch import choose, require_shape
+from pallas_kernels.segments import run_ids
 
 # Full float32 products also on GPUs, whose default rounds float32 operands to TF32.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -74,70 +77,96 @@ def ssd(
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, head_dim, B.shape[3]), dtype)
     run = jnp.zeros((batch, time), jnp.int32) if segment_ids is None else run_ids(segment_ids)
-    arguments = (z.astype(dtype) for z in (x, dt, A, B, C))
-    y_BTHP, state_BHPN = _IMPLEMENTATIONS[choose("ssd", impl)](
-        *arguments, initial_state.astype(dtype), run, chunk_size=min(chunk_size, time)
-    )
+    floats = (z.astype(dtype) for z in (x, dt, A, B, C, initial_state))
+    y_BTHP, state_BHPN = _IMPLEMENTATIONS[choose("ssd", impl)](*floats, run, chunk_size=min(chunk_size, time))
     if D is not None:
         y_BTHP = y_BTHP + D.astype(dtype)[:, None] * x.astype(dtype)
     y_BTHP = y_BTHP.astype(x.dtype)
     return (y_BTHP, state_BHPN) if return_final_state else y_BTHP
 
 
-def ssd_reference(x_BTHP, dt_BTH, A, B_BTGN, C_BTGN, state_BHPN, run, *, chunk_size):
-    """Chunked form: all arguments of one float dtype, run [B, T] -> y without the skip, final state."""
+def ssd_reference(
+    x_BTHP: jax.Array,
+    dt_BTH: jax.Array,
+    A: jax.Array,
+    B_BTGN: jax.Array,
+    C_BTGN: jax.Array,
+    state_BHPN: jax.Array,
+    run: jax.Array,
+    *,
+    chunk_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Chunked form: all arguments of one float dtype, run [B, T] -> y without the skip, final state.
+
+    Everything is transposed once to [B, Z, G, (R,) C, ...], so that each product below is a plain batched matmul:
+    with time before the heads, XLA:CPU transposes around every product and the backward pass takes twice as long.
+    """
     batch, time, heads, head_dim = x_BTHP.shape
     groups, state_dim = B_BTGN.shape[2:]
     length, chunks = chunk_size, -(-time // chunk_size)
+    per_group = (groups, heads // groups)
 
     def split(z_BT, mode="constant"):
         """[B, T, ...] -> [B, Z, C, ...]; the tail chunk is padded with dt = 0, which leaves the state alone."""
         widths = [(0, 0), (0, chunks * length - time)] + [(0, 0)] * (z_BT.ndim - 2)
         return jnp.pad(z_BT, widths, mode=mode).reshape(batch, chunks, length, *z_BT.shape[2:])
 
-    per_group = (groups, heads // groups)
     run_BZC = split(run, mode="edge")
     before_BZ = jnp.pad(run_BZC[:, :-1, -1], ((0, 0), (1, 0)))  # run 0 owns the initial state
-    dt_BZCGR = split(dt_BTH).reshape(batch, chunks, length, *per_group)
+    dt_BZGRC = split(dt_BTH).reshape(batch, chunks, length, *per_group).transpose(0, 1, 3, 4, 2)
     u_BZCGRP = split(x_BTHP * dt_BTH[..., None]).reshape(batch, chunks, length, *per_group, head_dim)
-    B_BZCGN, C_BZCGN = split(B_BTGN), split(C_BTGN)
+    u_BZGRCP = u_BZCGRP.transpose(0, 1, 3, 4, 2, 5)
+    B_BZGCN, C_BZGCN = (split(z).transpose(0, 1, 3, 2, 4) for z in (B_BTGN, C_BTGN))
 
-    cum_BZGRC = jnp.cumsum(jnp.einsum("bzlgr,gr->bzgrl", dt_BZCGR, A.reshape(per_group)), axis=-1)
+    # The running sum as a product with a triangle of ones: jnp.cumsum is log2(C) passes.
+    ones_CC = jnp.triu(jnp.ones((length, length), dt_BTH.dtype))
+    cum_BZGRC = _einsum("bzgrs,sl->bzgrl", dt_BZGRC * A.reshape(*per_group, 1), ones_CC)
     last_BZGR = cum_BZGRC[..., -1]
 
+    def where_run(mask, z):
+        """Zero z [B, Z, G, R, ...] where mask [B, Z, ...] is false."""
+        return jnp.where(mask[:, :, None, None], z, 0)
+
     # Inside the chunk.
-    visible = jnp.tril(jnp.ones((length, length), bool)) & (run_BZC[:, :, :, None] == run_BZC[:, :, None, :])
-    visible = visible[:, :, None, None]
-    exponent = jnp.where(visible, cum_BZGRC[..., :, None] - cum_BZGRC[..., None, :], 0)
-    M_BZGRCC = jnp.where(visible, jnp.exp(exponent), 0)
-    CB_BZGCC = _einsum("bzlgn,bzsgn->bzgls", C_BZCGN, B_BZCGN)
-    y_BZCGRP = _einsum("bzgrls,bzsgrp->bzlgrp", CB_BZGCC[:, :, :, None] * M_BZGRCC, u_BZCGRP)
+    visible_BZCC = jnp.tril(jnp.ones((length, length), bool)) & (run_BZC[:, :, :, None] == run_BZC[:, :, None, :])
+    exponent = where_run(visible_BZCC, cum_BZGRC[..., :, None] - cum_BZGRC[..., None, :])
+    M_BZGRCC = where_run(visible_BZCC, jnp.exp(exponent))
+    CB_BZGCC = _einsum("bzgln,bzgsn->bzgls", C_BZGCN, B_BZGCN)
+    y_BZGRCP = _einsum("bzgrls,bzgrsp->bzgrlp", CB_BZGCC[:, :, :, None] * M_BZGRCC, u_BZGRCP)
 
     # What each chunk adds to the state, and the recurrence over chunks.
-    is_last_BZC = run_BZC == run_BZC[:, :, -1:]
-    weight_BZGRC = jnp.where(is_last_BZC[:, :, None, None], jnp.exp(last_BZGR[..., None] - cum_BZGRC), 0)
-    added_BZGRPN = _einsum("bzgrs,bzsgrp,bzsgn->bzgrpn", weight_BZGRC, u_BZCGRP, B_BZCGN)
-    keep_BZGR = jnp.where((run_BZC[:, :, -1] == before_BZ)[:, :, None, None], jnp.exp(last_BZGR), 0)
+    weight_BZGRC = where_run(run_BZC == run_BZC[:, :, -1:], jnp.exp(last_BZGR[..., None] - cum_BZGRC))
+    added_BZGRPN = _einsum("bzgrsp,bzgsn->bzgrpn", weight_BZGRC[..., None] * u_BZGRCP, B_BZGCN)
+    keep_BZGR = where_run(run_BZC[:, :, -1] == before_BZ, jnp.exp(last_BZGR))
 
-    def next_chunk(state, chunk):
-        keep, added = chunk
-        return keep[..., None, None] * state + added, state
+    def next_chunk(state_BGRPN, chunk):
+        keep_BGR, added_BGRPN = chunk
+        return keep_BGR[..., None, None] * state_BGRPN + added_BGRPN, state_BGRPN
 
-    state = state_BHPN.reshape(batch, *per_group, head_dim, state_dim)
+    state_BGRPN = state_BHPN.reshape(batch, *per_group, head_dim, state_dim)
     by_chunk = (jnp.moveaxis(keep_BZGR, 1, 0), jnp.moveaxis(added_BZGRPN, 1, 0))
-    state, before_ZBGRPN = jax.lax.scan(next_chunk, state, by_chunk)
+    state_BGRPN, state_ZBGRPN = jax.lax.scan(next_chunk, state_BGRPN, by_chunk, unroll=4)
 
     # What each token reads from the state before its chunk.
-    reads_BZC = run_BZC == before_BZ[:, :, None]
-    decay_BZGRC = jnp.where(reads_BZC[:, :, None, None], jnp.exp(cum_BZGRC), 0)
-    read_BZCGRP = _einsum("bzlgn,zbgrpn->bzlgrp", C_BZCGN, before_ZBGRPN)
-    y_BZCGRP = y_BZCGRP + jnp.moveaxis(decay_BZGRC, -1, 2)[..., None] * read_BZCGRP
+    decay_BZGRC = where_run(run_BZC == before_BZ[:, :, None], jnp.exp(cum_BZGRC))
+    read_BZGRCP = _einsum("bzgln,bzgrpn->bzgrlp", C_BZGCN, jnp.moveaxis(state_ZBGRPN, 0, 1))
+    y_BZGRCP = y_BZGRCP + decay_BZGRC[..., None] * read_BZGRCP
 
-    y_BTHP = y_BZCGRP.reshape(batch, chunks * length, heads, head_dim)[:, :time]
-    return y_BTHP, state.reshape(batch, heads, head_dim, state_dim)
+    y_BTHP = y_BZGRCP.transpose(0, 1, 4, 2, 3, 5).reshape(batch, chunks * length, heads, head_dim)[:, :time]
+    return y_BTHP, state_BGRPN.reshape(batch, heads, head_dim, state_dim)
 
 
-def ssd_sequential(x, dt, A, B, C, *, D=None, initial_state=None, segment_ids=None):
+def ssd_sequential(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    *,
+    D: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """The recurrence token by token: the truth for tests. Arguments as in `ssd`; returns (y, final state)."""
     batch, time, heads, head_dim = x.shape
     run = jnp.zeros((batch, time), jnp.int32) if segment_ids is None else run_ids(segment_ids)
@@ -205,7 +234,7 @@ def _check(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
     return x.shape
 
 
-_IMPLEMENTATIONS = {"reference": ssd_reference}
+_IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {"reference": ssd_reference}
 
 
 class Case(NamedTuple):
@@ -235,21 +264,26 @@ CASES = (
 )
 
 
-def example_inputs(case: Case, key: jax.Array, dtype=jnp.float32) -> tuple[tuple[jax.Array, ...], dict]:
+def example_inputs(
+    case: Case, seed: int = 0, dtype: DTypeLike = jnp.float32
+) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
     """Random (args, kwargs) of `ssd` for a case; packed cases hold one-token documents and an id that returns."""
-    keys = jax.random.split(key, 7)
+    random = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
     batch, time, heads, groups = case.batch, case.time, case.heads, case.groups
-    x = jax.random.normal(keys[0], (batch, time, heads, case.head_dim), dtype)
-    dt = jax.nn.softplus(jax.random.normal(keys[1], (batch, time, heads), dtype))
-    A = -case.decay * jnp.exp(jax.random.normal(keys[2], (heads,), dtype))
-    B = jax.random.normal(keys[3], (batch, time, groups, case.state_dim), dtype)
-    C = jax.random.normal(keys[4], (batch, time, groups, case.state_dim), dtype)
-    kwargs = {"D": jax.random.normal(keys[5], (heads,), dtype), "chunk_size": case.chunk_size}
+    x = normal(batch, time, heads, case.head_dim)
+    dt = jnp.asarray(np.logaddexp(0, random.standard_normal((batch, time, heads))), dtype)  # softplus
+    A = jnp.asarray(-case.decay * np.exp(random.standard_normal(heads)), dtype)
+    B, C = normal(batch, time, groups, case.state_dim), normal(batch, time, groups, case.state_dim)
+    kwargs: dict[str, Any] = {"D": normal(heads), "chunk_size": case.chunk_size}
     if case.packed:
-        position = jnp.arange(time)
         # Borders at 5 and 6 (a document of one token), at a chunk border, and a last token alone; id 3 returns.
-        row = jnp.select([position < 5, position < 6, position < 32, position < time - 1], [3, 0, 7, 3], 9)
-        kwargs["segment_ids"] = jnp.stack([jnp.roll(row, 4 * i) for i in range(batch)])
+        position = np.arange(time)
+        row = np.select([position < 5, position < 6, position < 32, position < time - 1], [3, 0, 7, 3], 9)
+        kwargs["segment_ids"] = jnp.asarray(np.stack([np.roll(row, 4 * i) for i in range(batch)]), jnp.int32)
     if case.initial_state:
-        kwargs["initial_state"] = jax.random.normal(keys[6], (batch, heads, case.head_dim, case.state_dim), dtype)
+        kwargs["initial_state"] = normal(batch, heads, case.head_dim, case.state_dim)
     return (x, dt, A, B, C), kwargs

@@ -39,9 +39,10 @@ else:
     sys.exit("unexpected: %s" % arguments)
 END
 """
-# A uv that brings an interpreter of its own, without pip.
+# A uv whose environments have no pip; it may have an interpreter of its own, or fetch one.
 UV = """#!/bin/sh
 case "$1" in
+  python) [ -n "{managed}" ] && echo "{managed}";;
   venv) for venv; do :; done; mkdir -p "$venv/bin"; cp "{python}" "$venv/bin/python"; echo "uv $*" >>installs.txt;;
   pip) for file; do :; done; echo "uv $file" >>installs.txt;;
 esac
@@ -122,19 +123,19 @@ def test_ubuntu_without_its_venv_package(machine: Machine):
 
 def test_ubuntu_without_its_venv_package_but_with_uv(machine: Machine):
     python = machine.python(machine.bin / "python3", (3, 12, 3), bare=True)
-    machine.script(machine.bin / "uv", UV.format(python=python))
+    machine.script(machine.bin / "uv", UV.format(python=python, managed=""))
     done = machine.setup()
     assert done.returncode == 0, done.stderr
     assert machine.installs() == [f"uv venv --quiet --python {python} .venv", "uv requirements.txt"]
 
 
-@pytest.mark.parametrize("place", ["bin", "home/.local/bin"])
-def test_only_uv(machine: Machine, tmp_path: Path, place: str):
-    python = machine.python(tmp_path / "managed" / "python", (3, 12, 9), bare=True)
-    machine.script(tmp_path / place / "uv", UV.format(python=python))
+@pytest.mark.parametrize(("place", "managed"), [("bin", ""), ("home/.local/bin", ""), ("bin", "/opt/3.13/python")])
+def test_only_uv(machine: Machine, tmp_path: Path, place: str, managed: str):
+    python = machine.python(tmp_path / "elsewhere" / "python", (3, 12, 9), bare=True)
+    machine.script(tmp_path / place / "uv", UV.format(python=python, managed=managed))
     done = machine.setup()
     assert done.returncode == 0, done.stderr
-    assert machine.installs() == ["uv venv --quiet --python >=3.12,<3.15 .venv", "uv requirements.txt"]
+    assert machine.installs() == [f"uv venv --quiet --python {managed or '3.12'} .venv", "uv requirements.txt"]
 
 
 @pytest.mark.parametrize("version", [None, (3, 11, 7), (3, 15, 0)])

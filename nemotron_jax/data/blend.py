@@ -78,7 +78,7 @@ def _not_local(where: str, values: dict[str, Any]) -> DataError:
     how = f" (hf download {rest} --repo-type dataset --local-dir DIR)" if scheme == "hf" else ""
     files = "/".join(("DIR", *((values["subset"],) if values["subset"] else ()), "**", "*.parquet"))
     return DataError(
-        f'{where} ({values["name"]}): expected a local path, got {values["path"]}. Training reads local files only: '
+        f"{where} ({values['name']}): expected a local path, got {values['path']}. Training reads local files only: "
         f'download the data first{how} and set "path" to its files, e.g. "{files}".'
     )
 

@@ -131,15 +131,16 @@ class Writer:
         }
 
     def __enter__(self) -> Writer:
-        self._stream = open(self._partial[".bin"], "wb")  # noqa: SIM115 (closed in __exit__)
+        self._stream = open(self._partial[".bin"], "wb")
         return self
 
     def add(self, tokens: np.ndarray | Iterable[int]) -> None:
         """Appends one document, integers [tokens]; DataError where the dtype cannot hold one of them."""
         tokens = np.asarray(tokens)
         limits = np.iinfo(self._dtype)
-        if tokens.size and (tokens.max() > limits.max or tokens.min() < limits.min):
-            raise DataError(f"expected tokens from {limits.min} to {limits.max} ({self._dtype}), got {tokens.max()}.")
+        for token in (tokens.min(), tokens.max()) if tokens.size else ():
+            if not limits.min <= token <= limits.max:
+                raise DataError(f"expected tokens from {limits.min} to {limits.max} ({self._dtype}), got {token}.")
         self._stream.write(tokens.astype(self._dtype.newbyteorder("<")).tobytes())
         self._lengths.append(tokens.size)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -45,7 +44,8 @@ class Corpus:
 def split(lengths: np.ndarray, fraction: float, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the documents to train on and of those held out, int64, each sorted; empty documents in neither.
 
-    ``fraction`` of the documents (rounded, at least one) is held out; the seed and their number decide which. Raises DataError where a part would be empty.
+    ``fraction`` of the documents (rounded, at least one) is held out; the seed and their number decide which.
+    Raises DataError where a part would be empty.
     """
     (filled,) = np.nonzero(lengths)
     if fraction == 0 and len(filled):
@@ -90,9 +90,10 @@ class PackedRows:
         predicted = self.tokens - 1  # the first token of the stream is nobody's target
         self._rows = -(-predicted // seq_len) if pad else predicted // seq_len
         if self._rows < 1:
+            needed = "2 tokens" if pad else f"{seq_len + 1} tokens (data.seq_len and one more)"
             raise DataError(
-                f"{corpus.name}: expected at least {seq_len + 1} tokens (data.seq_len and one more) in the "
-                f"{len(documents)} documents, got {self.tokens}. Give more text or lower data.seq_len."
+                f"{corpus.name}: expected at least {needed} in the {len(documents)} documents of this part of the "
+                f"data, got {self.tokens}. Give more text or lower data.seq_len."
             )
         self._lock = threading.Lock()
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -159,8 +160,6 @@ class PackedRows:
 def too_large(name: str, token: int, vocab_size: int, document: int | None = None) -> DataError:
     where = name if document is None else f"{name}, document {document}"
     return DataError(
-        f"{where}: expected token ids from 0 to {vocab_size - 1} (the model's vocab_size is {vocab_size}), got {token}. "
-        "Use a smaller tokenizer (data.tokenizer) or raise model.vocab_size."
+        f"{where}: expected token ids from 0 to {vocab_size - 1}, the model's vocab_size being {vocab_size}, got "
+        f"{token}. Tokenise with a smaller tokenizer or set model.vocab_size to more than the largest id."
     )
-
-

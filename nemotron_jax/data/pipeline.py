@@ -21,6 +21,7 @@ import numpy as np
 
 from nemotron_jax.data import blend, megatron, store
 from nemotron_jax.data.batch import Batch, stack
+from nemotron_jax.data.megatron import TokenStore
 from nemotron_jax.data.packing import Corpus, PackedRows, split, too_large
 from nemotron_jax.data.sources import TextFile, resolve
 from nemotron_jax.data.store import About
@@ -128,23 +129,14 @@ def build(
             f"train.global_batch_size ({global_batch_size}) must be a multiple of the number of processes "
             f"({process_count})."
         )
-    if tokenizer is not None:
-        _check_vocabulary("the tokenizer", tokenizer.vocab_size, vocab_size)
+
+    def tokenised(texts: list[TextFile], tokenizer: Tokenizer) -> tuple[TokenStore, About]:
+        return store.cached_tokens(texts, tokenizer, cache_dir, build=process_index == 0)
+
     sets = []
     for part in _parts(config):
-        texts, prefixes = resolve(part.path, part.text_field)
-        stores, abouts = [], []
-        if texts:
-            if tokenizer is None:
-                raise DataError(f"{texts[0].name}: expected a tokenizer for this text. Set data.tokenizer.")
-            tokens, about = store.cached_tokens(texts, tokenizer, cache_dir, build=process_index == 0)
-            stores.append(tokens)
-            abouts.append(about)
-        for prefix in prefixes:
-            tokens, about = _tokens(prefix, vocab_size)
-            stores.append(tokens)
-            abouts.append(about)
-        sets.append(_Set(part.weight, Corpus(tuple(stores)), abouts))
+        corpus, abouts = _read(part.path, part.text_field, tokenizer, vocab_size, tokenised)
+        sets.append(_Set(part.weight, corpus, abouts))
     return TrainData(
         config,
         sets,
@@ -162,20 +154,7 @@ def evaluation_batches(
     ``files`` as in data.files. Each token is a target once, except the first of each document. Nothing is cached.
     Raises DataError like build().
     """
-    texts, prefixes = resolve(files, text_field)
-    stores, abouts = [], []
-    if texts:
-        if tokenizer is None:
-            raise DataError(f"{texts[0].name}: expected a tokenizer for this text; the checkpoint has none.")
-        _check_vocabulary("the tokenizer", tokenizer.vocab_size, vocab_size)
-        tokens, about = store.in_memory(texts, tokenizer)
-        stores.append(tokens)
-        abouts.append(about)
-    for prefix in prefixes:
-        tokens, about = _tokens(prefix, vocab_size)
-        stores.append(tokens)
-        abouts.append(about)
-    corpus = Corpus(tuple(stores))
+    corpus, abouts = _read(files, text_field, tokenizer, vocab_size, store.in_memory)
     (filled,) = np.nonzero(corpus.lengths())
     rows = PackedRows(corpus, filled, seq_len, vocab_size, pad=True)
     whole = _LocalBatch(batch_size, 0, 1)
@@ -337,15 +316,31 @@ def _parts(config: DataConfig) -> list[blend.Part]:
     return [blend.Part("data", config.files, config.text_field, 1.0)]
 
 
-def _tokens(prefix: Path, vocab_size: int) -> tuple[megatron.TokenStore, About]:
-    tokens = megatron.read(prefix)
-    if not len(tokens.tokens):
-        raise DataError(f"{prefix}.bin: expected tokens, but the file holds none. Remove it from the list.")
-    head = tokens.tokens[:_LOOK_AT]
-    for token in (int(head.max()), int(head.min())):
-        if not 0 <= token < vocab_size:
-            raise too_large(tokens.name, token, vocab_size)
-    return tokens, About(tokens.documents, len(tokens.tokens), text_bytes=None)
+def _read(
+    files: str,
+    text_field: str,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    tokenised: Callable[[list[TextFile], Tokenizer], tuple[TokenStore, About]],
+) -> tuple[Corpus, list[About]]:
+    """The documents of some files: first those of all text files, then those of each .bin/.idx."""
+    texts, prefixes = resolve(files, text_field)
+    found = []
+    if texts:
+        if tokenizer is None:
+            raise DataError(f"{texts[0].name}: expected a tokenizer for this text, and there is none: name one.")
+        _check_vocabulary("the tokenizer", tokenizer.vocab_size, vocab_size)
+        found.append(tokenised(texts, tokenizer))
+    for prefix in prefixes:
+        tokens = megatron.read(prefix)
+        if not len(tokens.tokens):
+            raise DataError(f"{prefix}.bin: expected tokens, but the file holds none. Remove it from the list.")
+        head = tokens.tokens[:_LOOK_AT]
+        for token in (int(head.max()), int(head.min())):
+            if not 0 <= token < vocab_size:
+                raise too_large(tokens.name, token, vocab_size)
+        found.append((tokens, About(tokens.documents, len(tokens.tokens), text_bytes=None)))
+    return Corpus(tuple(tokens for tokens, _ in found)), [about for _, about in found]
 
 
 def _check_vocabulary(name: str, size: int, vocab_size: int) -> None:

@@ -48,9 +48,7 @@ class About:
     empty: int = 0
 
 
-def tokenize(
-    files: Sequence[TextFile], tokenizer: Tokenizer, skipped: Skipped
-) -> Iterator[tuple[np.ndarray, int]]:
+def tokenize(files: Sequence[TextFile], tokenizer: Tokenizer, skipped: Skipped) -> Iterator[tuple[np.ndarray, int]]:
     """Yields (int32 tokens, UTF-8 bytes) for each document: ``<s>``, its tokens, ``</s>``.
 
     The opening token is there so that the first token of a text is predicted too, and the closing one so that its end
@@ -68,7 +66,7 @@ def tokenize(
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
-    opening, closing = np.int32([tokenizer.bos_id]), np.int32([tokenizer.eos_id])
+    opening, closing = (np.array([token], np.int32) for token in (tokenizer.bos_id, tokenizer.eos_id))
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         yield np.concatenate((opening, ids, closing)), len(text.encode())
 

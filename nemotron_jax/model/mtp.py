@@ -51,9 +51,14 @@ class MTP(nnx.Module):
 
 def shift_left(values_BT: Array, by: int, segment_ids_BT: Array | None) -> tuple[Array, Array]:
     """values[t + by], zero where that token is past the row or in another document, and where it is not: [B, T] bool."""
-    shifted = jnp.pad(values_BT[:, by:], ((0, 0), (0, by)))
-    inside = jnp.broadcast_to(jnp.arange(values_BT.shape[1]) < values_BT.shape[1] - by, values_BT.shape)
+    time = values_BT.shape[1]
+    by = min(by, time)
+
+    def shift(rows_BT: Array, fill: int) -> Array:
+        return jnp.pad(rows_BT[:, by:], ((0, 0), (0, by)), constant_values=fill)
+
+    inside = jnp.broadcast_to(jnp.arange(time) < time - by, values_BT.shape)
     if segment_ids_BT is not None:
         run = run_ids(segment_ids_BT)
-        inside &= jnp.pad(run[:, by:], ((0, 0), (0, by)), constant_values=-1) == run
-    return jnp.where(inside, shifted, 0), inside
+        inside &= shift(run, -1) == run
+    return jnp.where(inside, shift(values_BT, 0), 0), inside

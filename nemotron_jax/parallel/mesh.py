@@ -96,11 +96,16 @@ def spec(shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> PartitionSpec
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """NamedShardings of a tree of nnx Variables, from the logical axes each was declared with."""
+    """NamedShardings of a tree of arrays or shapes.
 
-    def of(variable: nnx.Variable) -> Any:
-        value = variable.get_value()
-        return variable.replace(NamedSharding(mesh, spec(value.shape, variable.axes, mesh)))
+    nnx Variables follow the logical axes that they were declared with, and so do optimizer moments, which are
+    Variables too; everything else is replicated.
+    """
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return replicated(mesh)
+        return leaf.replace(NamedSharding(mesh, spec(leaf.get_value().shape, leaf.axes, mesh)))
 
     return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -1,0 +1,31 @@
+"""Pre-training of Nemotron 3 Nano 30B-A3B (facts/nemotron3.md 4.1): 25T tokens.
+
+Command:  python train.py --config=configs/nano.py --workdir=runs/nano --config.data.blend=BLEND.json
+          --config.data.tokenizer=TOKENIZER.json --config.parallel.fsdp=8 --config.train.microbatches=384
+Hardware: not run: needs 8 GPUs of 141 GB (16 bytes a parameter for weights, gradients and AdamW: 505 GB)
+Time:     not measured; 25T tokens x 20.8 GFLOP = 5.2e23 FLOP
+Result:   not run; the first loss is near ln(131072) + 0.9^2/2 = 12.2 (facts/nemotron3.md 4.5)
+"""
+
+from ml_collections import ConfigDict
+
+from nemotron_jax.cli import base_config
+
+
+def get_config() -> ConfigDict:
+    config = base_config()
+    config.model.preset = "nano"
+
+    config.data.seq_len = 8192
+
+    config.train.steps = 993_410  # 25T tokens
+    config.train.global_batch_size = 3072  # 25.17M tokens
+    config.train.validate_every = 1000
+
+    config.optimizer.peak_lr = 1e-3
+    config.optimizer.min_lr = 1e-5
+    config.optimizer.warmup_steps = 334  # 8.4B tokens
+    config.optimizer.decay_steps = 198_682  # 5T tokens; the report leaves the shape of Nano's decay open
+
+    config.checkpoint.every = 1000
+    return config

@@ -1,0 +1,33 @@
+"""Pre-training of Nemotron 3 Ultra 550B-A55B (facts/nemotron3.md 4.1): 20T tokens.
+
+Here in bfloat16; the released model was trained in NVFP4.
+
+Command:  python train.py --config=configs/ultra.py --workdir=runs/ultra --config.data.blend=BLEND.json
+          --config.data.tokenizer=TOKENIZER.json --config.parallel.fsdp=128 --config.train.microbatches=24
+Hardware: not run: needs 128 GPUs of 141 GB (16 bytes a parameter for weights, gradients and AdamW: 8,968 GB)
+Time:     not measured; 20T tokens x 361.5 GFLOP = 7.2e24 FLOP
+Result:   not run; the first loss is near ln(131072) + 0.9^2/2 = 12.2 (facts/nemotron3.md 4.5)
+"""
+
+from ml_collections import ConfigDict
+
+from nemotron_jax.cli import base_config
+
+
+def get_config() -> ConfigDict:
+    config = base_config()
+    config.model.preset = "ultra"
+
+    config.data.seq_len = 8192
+
+    config.train.steps = 794_728  # 20T tokens
+    config.train.global_batch_size = 3072  # 25.17M tokens
+    config.train.validate_every = 1000
+
+    config.optimizer.peak_lr = 2.5e-4
+    config.optimizer.min_lr = 2.5e-6
+    config.optimizer.warmup_steps = 7_947  # 200B tokens
+    config.optimizer.decay_steps = 198_682  # 5T tokens
+
+    config.checkpoint.every = 1000  # 25B tokens, what checkpoint merging averages (facts/nemotron3.md 4.4)
+    return config

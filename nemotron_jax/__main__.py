@@ -1,0 +1,118 @@
+"""Looks at models and runs them.
+
+python -m nemotron_jax params PRESET_OR_DIR [--seq=8192]
+    parameters and training FLOPs a token, as JSON
+python -m nemotron_jax generate --checkpoint=DIR --prompt=TEXT [--tokens=N ...]
+    continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
+
+Each command takes --help. Exit codes: 0 done, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemotron_jax.cli import Parser, existing_path, main, number, output_file
+from nemotron_jax.config import PRESETS, ModelConfig
+from nemotron_jax.errors import ConfigError, UserError, did_you_mean
+from nemotron_jax.hf_config import from_hf
+from nemotron_jax.run_config import from_dict
+
+# JAX is imported inside the commands, after their flags: it takes seconds.
+
+
+def params(argv: Sequence[str]) -> int:
+    """Prints one JSON object: total, active and mtp parameters, those of one layer by kind, FLOPs."""
+    parser = Parser("python -m nemotron_jax params", "Counts from the shapes of the real model, which is not made.")
+    parser.add_argument("model", metavar="PRESET_OR_DIR", nargs="?", help=f"{', '.join(PRESETS)}, or a directory")
+    seq = number(int, least=1, name="a positive number of tokens")
+    parser.add_argument("--seq", type=seq, default=8192, help="sequence length of flops_per_token (default: 8192)")
+    flags = parser.parse_args(argv)
+    if not flags.model:
+        raise UserError(f"params needs a preset ({', '.join(PRESETS)}) or a directory with a config.json.")
+    config = model_config(flags.model)
+    from nemotron_jax.model.counts import count_parameters, flops_per_token
+
+    counts = count_parameters(config) | {"flops_per_token": flops_per_token(config, flags.seq), "seq": flags.seq}
+    print(json.dumps(counts))
+    return 0
+
+
+def model_config(name: str) -> ModelConfig:
+    """The model that a preset, a training workdir or a Hugging Face directory describes.
+
+    Raises:
+      ConfigError: it is none of these, or its config.json does not make sense.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    file = Path(name).expanduser() / "config.json"
+    if not file.parent.is_dir():
+        raise ConfigError(
+            f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a directory.{did_you_mean(name, PRESETS)}"
+        )
+    try:
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}.") from error
+    if isinstance(values, dict) and "model_type" in values:
+        return from_hf(values)
+    if isinstance(values, dict) and "model" in values:
+        return from_dict(values).model
+    raise ConfigError(f"{file} has neither model_type (Hugging Face) nor model (train.py): it describes no model.")
+
+
+def generate(argv: Sequence[str]) -> int:
+    """Streams the continuation of a text to stdout, or writes that of token ids to a file."""
+    parser = Parser("python -m nemotron_jax generate", "Samples from a checkpoint.")
+    parser.add_argument("--checkpoint", type=existing_path, metavar="DIR", help="the --workdir of a training run")
+    parser.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    parser.add_argument("--prompt-tokens", type=existing_path, metavar="IN.npy", help="token ids instead: [B, T]")
+    parser.add_argument("--out", type=output_file, metavar="OUT.npy", help="int32 [B, N], with --prompt-tokens")
+    positive = number(int, least=1, name="a positive number of tokens")
+    parser.add_argument("--tokens", type=positive, default=256, metavar="N", help="at most (default: 256)")
+    temperature = number(float, least=0, name="a number that is not negative")
+    parser.add_argument("--temperature", type=temperature, default=1.0, help="0: the likeliest token (default: 1)")
+    parser.add_argument("--top-p", type=temperature, default=0.95, help="in (0, 1]; 1: all tokens (default: 0.95)")
+    top_k = number(int, least=0, name="a whole number that is not negative")
+    parser.add_argument("--top-k", type=top_k, default=0, help="0: all tokens (default: 0)")
+    parser.add_argument("--seed", type=top_k, default=0, help="the same seed, the same text (default: 0)")
+    flags = parser.parse_args(argv)
+    parser.require(flags, "checkpoint", what="generate")
+    if not 0 < flags.top_p <= 1:
+        raise UserError(f"--top-p must be in (0, 1], got {flags.top_p}.")
+    if (flags.prompt is None) == (flags.prompt_tokens is None) or (flags.out is None) != (flags.prompt_tokens is None):
+        raise UserError("generate needs either --prompt=TEXT, or --prompt-tokens=IN.npy and --out=OUT.npy.")
+    from nemotron_jax.inference.generate import generate_text, generate_tokens
+
+    settings = {name: getattr(flags, name) for name in ("tokens", "temperature", "top_p", "top_k", "seed")}
+    if flags.prompt is None:
+        generate_tokens(flags.checkpoint, flags.prompt_tokens, flags.out, **settings)
+        return 0
+    for piece in generate_text(flags.checkpoint, flags.prompt, **settings):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+COMMANDS = {"params": params, "generate": generate}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Hands the arguments to the command that the first of them names; returns the exit code."""
+    name, *rest = argv or [""]
+    if name in COMMANDS:
+        return COMMANDS[name](rest)
+    if name in ("-h", "--help"):
+        print(__doc__, end="")
+        return 0
+    got = f"got {name!r}.{did_you_mean(name, COMMANDS)}" if name else "got none."
+    raise UserError(f"python -m nemotron_jax needs one of the commands {', '.join(COMMANDS)}; {got}")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,1 @@
+"""All that lies on disk of a model."""

@@ -1,0 +1,243 @@
+"""Training checkpoints with Orbax: asynchronous, atomic, checked.
+
+Layout of ``DIR/checkpoints/<step>/``: ``params`` (the canonical tree, ``layers/0/mixer/...``), ``buffers``,
+``optimizer`` (moments, step number, skipped steps) and ``meta`` (JSON: data position, checksums). A step exists for
+readers only once Orbax has committed it, so a kill during a save costs that save alone.
+
+Each leaf carries a checksum, computed on the devices that hold it; a restored leaf must give the same one. A step
+that cannot be read or does not match is reported and passed over for the one before.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import Array
+
+from nemotron_jax.errors import CheckpointError
+
+FORMAT = 1
+ITEMS = ("params", "buffers", "optimizer")
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Restored:
+    step: int
+    items: Tree  # {item: tree like the template}
+    data: dict[str, Any]  # position in the data
+
+
+class CheckpointStore:
+    """The checkpoints of one working directory.
+
+    Args:
+      directory: made when missing.
+      keep: the newest ones that stay.
+      keep_every: steps divisible by this stay for ever; 0: none.
+      warn: told about damaged steps.
+    """
+
+    def __init__(
+        self, directory: Path, *, keep: int = 1, keep_every: int = 0, warn: Callable[[str], None] = logging.warning
+    ) -> None:
+        self.directory = directory.absolute()
+        self._warn = warn
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs dozens of lines a save
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True
+            ),
+            item_names=(*ITEMS, "meta"),
+        )
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, items: Tree, data: dict[str, Any]) -> None:
+        """Starts saving; returns once the arrays are copied. Raises CheckpointError if this or the last save failed."""
+        meta = {"format": FORMAT, "data": data, "checksums": _checksums(items)}
+        saves = {name: ocp.args.StandardSave(_nested(items[name])) for name in ITEMS}
+        with _failures_of_saving(self.directory, step):
+            self._manager.save(step, args=ocp.args.Composite(**saves, meta=ocp.args.JsonSave(meta)))
+
+    def wait(self) -> None:
+        """Until the last save is committed. Raises CheckpointError if it failed."""
+        with _failures_of_saving(self.directory, None):
+            self._manager.wait_until_finished()
+
+    def restore(self, template: Tree) -> Restored | None:
+        """The newest step that is whole, or None where there is no checkpoint.
+
+        Args:
+          template: {item: tree of ShapeDtypeStruct with shardings}; the items named here are read.
+
+        Raises:
+          CheckpointError: there are checkpoints, but none of them can be used.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                restored = self._restore(step, template)
+            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+                self._warn(f"checkpoint {step} in {self.directory} is damaged and passed over: {_first_line(error)}")
+                continue
+            for later in (later for later in steps if later > step):
+                self._manager.delete(later)  # their steps are about to be trained again
+            return restored
+        if steps:
+            raise CheckpointError(
+                f"none of the checkpoints {steps} in {self.directory} can be read: restore one from a backup, or start "
+                "again with another --workdir."
+            )
+        return None
+
+    def read(self, template: Tree, step: int | None = None) -> Restored:
+        """One step (default: the newest that is whole) for a reader: nothing is deleted.
+
+        Raises:
+          CheckpointError: no such step, or it is damaged.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise CheckpointError(f"there is no checkpoint of step {step} in {self.directory}; there are {steps}.")
+        problems = []
+        for candidate in reversed(steps) if step is None else [step]:
+            try:
+                return self._restore(candidate, template)
+            except Exception as error:
+                problems.append(f"step {candidate}: {_first_line(error)}")
+                self._warn(f"checkpoint {candidate} in {self.directory} is damaged: {_first_line(error)}")
+        raise CheckpointError(f"no checkpoint in {self.directory} can be read. {' '.join(problems)}")
+
+    def _restore(self, step: int, template: Tree) -> Restored:
+        args = {name: ocp.args.StandardRestore(_nested(tree)) for name, tree in template.items()}
+        result = self._manager.restore(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonRestore()))
+        meta = result["meta"]
+        if meta.get("format") != FORMAT:
+            raise CheckpointError(f"it has format {meta.get('format')!r}, this version reads {FORMAT}.")
+        items = {name: _like(tree, result[name]) for name, tree in template.items()}
+        found = _checksums(items)
+        wrong = [name for name, value in found.items() if meta["checksums"].get(name) != value]
+        if wrong:
+            raise CheckpointError(f"{len(wrong)} tensors do not match their checksums, the first is {wrong[0]}.")
+        return Restored(step, items, meta["data"])
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+class _failures_of_saving:
+    """Turns errors of a save into a CheckpointError, after removing what the failed save left behind."""
+
+    def __init__(self, directory: Path, step: int | None) -> None:
+        self.directory, self.step = directory, step
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        _remove_uncommitted(self.directory)
+        full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        hint = "the disk is full: make room" if full else "make sure that the directory can be written to"
+        raise CheckpointError(
+            f"saving a checkpoint to {self.directory} failed ({_first_line(error)}); {hint}, then run the same command "
+            "again: it goes on from the checkpoint before."
+        ) from error
+
+
+def _remove_uncommitted(directory: Path) -> None:
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.is_dir() and not (path / "commit_success.txt").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """{``layers/0/mixer/D``: leaf}: paths of dict keys, attributes and positions; nnx Variables count as leaves."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_name(path): leaf for path, leaf in flat}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+    if len(parts) > 1 and parts[-1] == "value":
+        parts.pop()
+    return "/".join(parts)
+
+
+def _nested(tree: Any) -> Tree:
+    """Nested dicts with string keys: what lies on disk does not depend on our Python types."""
+    root: Tree = {}
+    for name, leaf in named_leaves(tree).items():
+        *parents, last = name.split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return root
+
+
+def _like(template: Any, nested: Tree) -> Any:
+    """The leaves of nested dicts in the structure of the template."""
+
+    def find(name: str) -> Any:
+        node: Any = nested
+        for part in name.split("/"):
+            node = node[part]
+        return node
+
+    structure = jax.tree.structure(template)
+    return jax.tree.unflatten(structure, [find(name) for name in named_leaves(template)])
+
+
+def _checksums(items: Tree) -> dict[str, int]:
+    leaves = {f"{item}/{name}": leaf for item, tree in items.items() for name, leaf in named_leaves(tree).items()}
+    return {name: int(value) for name, value in jax.device_get(_checksum_all(leaves)).items()}
+
+
+@jax.jit
+def _checksum_all(leaves: dict[str, Array]) -> dict[str, Array]:
+    return {name: _checksum(leaf) for name, leaf in leaves.items()}
+
+
+def _checksum(leaf: Array) -> Array:
+    """A uint32 that changes with any bit of a leaf and with the order of its elements; exact on any sharding."""
+    width = np.dtype(leaf.dtype).itemsize
+    bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
+    weight = jnp.uint32(1)
+    for axis, size in enumerate(bits.shape):
+        position = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        weight = weight * jnp.uint32((size * 2654435761 + 40503) % 2**32 | 1) + position * jnp.uint32(2)
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError naming what it should have been."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as {what}: {_first_line(error)}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} should hold {what}, a JSON object, but holds {type(value).__name__}.")
+    return value

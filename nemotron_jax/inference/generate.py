@@ -1,0 +1,159 @@
+"""Generation: prefill the prompts, then one token at a time.
+
+Shapes: B batch, T time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from nemotron_jax.checkpoint.load import TOKENIZER_FILE, load
+from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.errors import CheckpointError, ConfigError, DataError
+from nemotron_jax.inference.sampling import Sampling, sample
+from nemotron_jax.model.context import Context
+from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.state import DecodeState
+
+
+def generate(
+    model: Nemotron, prompts: list[np.ndarray], tokens: int, sampling: Sampling, *, seed: int = 0
+) -> Iterator[np.ndarray]:
+    """Yields [B] int32, the next token of every prompt, ``tokens`` times. Rows do not influence each other.
+
+    Raises:
+      ConfigError: no prompt, an empty one, or a token that is not in the vocabulary.
+    """
+    if not prompts or any(len(prompt) == 0 for prompt in prompts):
+        raise ConfigError("generate needs at least one prompt, and no empty ones: begin with the <s> token.")
+    vocab = model.config.vocab_size
+    worst = max(int(prompt.max()) for prompt in prompts)
+    if worst >= vocab or min(int(prompt.min()) for prompt in prompts) < 0:
+        raise ConfigError(f"a prompt holds token ids outside of the model's vocabulary of {vocab} (largest {worst}).")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    # Powers of two: a new prompt rarely means a new compilation.
+    padded = np.zeros((len(prompts), 1 << int(lengths.max() - 1).bit_length()), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    graphdef, variables = nnx.split(model)
+    state = model.init_state(len(prompts), 1 << int(lengths.max() + tokens - 1).bit_length())
+    key = jax.random.key(seed)
+    step = functools.partial(_step, graphdef, variables, sampling=sampling)
+    next_tokens, state = step(padded, state, jax.random.fold_in(key, 0), new_tokens=lengths)
+    for number in range(1, tokens + 1):
+        yield np.asarray(next_tokens)
+        if number < tokens:
+            next_tokens, state = step(next_tokens[:, None], state, jax.random.fold_in(key, number), new_tokens=None)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="sampling", donate_argnums=3)
+def _step(
+    graphdef: nnx.GraphDef,
+    variables: Any,
+    tokens_BT: Array,
+    state: DecodeState,
+    key: Array,
+    *,
+    new_tokens: Array | None,
+    sampling: Sampling,
+) -> tuple[Array, DecodeState]:
+    """Advances the state by the new tokens and draws the one after the last of them."""
+    model = nnx.merge(graphdef, variables)
+    hidden_BTD, new_state, _ = model.hidden(tokens_BT, Context(new_tokens=new_tokens), state)
+    last = tokens_BT.shape[1] - 1 if new_tokens is None else new_tokens - 1
+    hidden_BD = hidden_BTD[jnp.arange(hidden_BTD.shape[0]), last]
+    return sample(model.logits(hidden_BD), key, sampling), new_state
+
+
+def stream_text(
+    model: Nemotron, tokenizer: Tokenizer, prompt: str, tokens: int, sampling: Sampling, *, seed: int = 0
+) -> Iterator[str]:
+    """Yields pieces of the continuation of one prompt until ``tokens`` tokens or an end of text.
+
+    A character whose bytes are spread over several tokens is held back until it is whole.
+    """
+    ids = tokenizer.encode(prompt)
+    prompt_ids = ids if tokenizer.bos_id is None else np.concatenate([[tokenizer.bos_id], ids])
+    if not len(prompt_ids):
+        raise ConfigError("the prompt is empty, and this tokenizer has no <s> to begin with.")
+    stop = {model.config.eos_id, tokenizer.eos_id}
+    made: list[int] = []
+    shown = ""
+    for (token,) in generate(model, [prompt_ids.astype(np.int32)], tokens, sampling, seed=seed):
+        if int(token) in stop:
+            break
+        made.append(int(token))
+        text = tokenizer.decode(made)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text
+    if made and (rest := tokenizer.decode(made)[len(shown) :]):
+        yield rest
+
+
+def generate_text(
+    checkpoint: Path, prompt: str, *, tokens: int, temperature: float, top_p: float, top_k: int, seed: int
+) -> Iterator[str]:
+    """Streams the continuation of a prompt by the model of a training workdir.
+
+    Raises:
+      CheckpointError: no usable checkpoint, or no tokenizer beside it.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    tokenizer = load_tokenizer(checkpoint)
+    _, model = load(checkpoint)
+    return stream_text(model, tokenizer, prompt, tokens, sampling, seed=seed)
+
+
+def load_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer that a training run left in its workdir."""
+    file = checkpoint / TOKENIZER_FILE
+    if not file.exists():
+        raise CheckpointError(
+            f"{checkpoint} holds no {TOKENIZER_FILE} (a run on .bin/.idx data has none): work with token ids instead."
+        )
+    return Tokenizer.load(file)
+
+
+def generate_tokens(
+    checkpoint: Path,
+    prompt_tokens: Path,
+    out: Path,
+    *,
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+) -> None:
+    """Continues every row of an int [B, T] .npy file; writes int32 [B, tokens].
+
+    Raises:
+      DataError: the file is no such array.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    prompts = read_tokens(prompt_tokens)
+    _, model = load(checkpoint)
+    made = list(generate(model, list(prompts), tokens, sampling, seed=seed))
+    with open(out, "wb") as file:
+        np.save(file, np.stack(made, axis=1))
+
+
+def read_tokens(path: Path) -> np.ndarray:
+    """int32 [B, T] from a .npy file. Raises DataError saying what it holds instead."""
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a NumPy array: {error}.") from error
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer) or not values.size:
+        raise DataError(f"{path} must hold integers [B, T], got {values.dtype} {list(values.shape)}.")
+    return values.astype(np.int32)

@@ -1,0 +1,1 @@
+"""Training: state, losses, optimizer, step, loop and what a run writes down."""

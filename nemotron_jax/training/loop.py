@@ -1,0 +1,348 @@
+"""Pre-training from a RunConfig: data, state, steps, checkpoints, logs.
+
+The run can be killed at any moment: the same command goes on from the last checkpoint, and its losses are bit for bit
+those of a run that was never killed (same machine, same number of devices).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+import pallas_kernels.dispatch
+from nemotron_jax.checkpoint.load import CHECKPOINTS, TOKENIZER_FILE, read_items, run_config
+from nemotron_jax.checkpoint.store import CheckpointStore
+from nemotron_jax.data.pipeline import TrainData, build, load_tokenizer
+from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.errors import ConfigError
+from nemotron_jax.inference.generate import stream_text
+from nemotron_jax.inference.sampling import Sampling
+from nemotron_jax.model.counts import count_parameters, flops_per_token
+from nemotron_jax.parallel import mesh as meshes
+from nemotron_jax.run_config import RunConfig, differing_keys, to_dict
+from nemotron_jax.training import workdir as workdirs
+from nemotron_jax.training.metrics import MetricsLog, read_rows
+from nemotron_jax.training.plot import loss_png
+from nemotron_jax.training.progress import Progress, human, mfu, startup_table
+from nemotron_jax.training.signals import StopRequest
+from nemotron_jax.training.state import TrainSetup, TrainState
+from nemotron_jax.training.step import global_batch, make_train_step, make_validation_step
+
+DONE, DIVERGED, STOPPED = 0, 3, 75
+
+SAMPLE_PROMPTS = ("def ", "import ", "class ")
+SAMPLE_TOKENS = 100
+SAMPLE_SAMPLING = Sampling(temperature=0.7, top_p=0.9)
+
+
+def pretrain(config: RunConfig, workdir: Path) -> int:
+    """Trains to ``train.steps`` in a working directory, going on where an earlier call stopped.
+
+    Returns:
+      0 when the run is finished, 3 when it diverged, 75 when a signal stopped it (after saving).
+
+    Raises:
+      UserError: bad config, data, checkpoints or working directory.
+    """
+    run = Run(config, workdir.absolute())
+    try:
+        return run.train()
+    finally:
+        run.close()
+
+
+@dataclass(frozen=True)
+class _Timer:
+    """Wall time and waiting time since a logged step."""
+
+    step: int
+    start: float
+    waited: float = 0.0
+
+
+class Run:
+    """A run being executed: what ``pretrain`` opens, in the order in which it can be refused."""
+
+    def __init__(self, config: RunConfig, workdir: Path) -> None:
+        self.config, self.workdir = config, workdir
+        self.first_process = jax.process_index() == 0
+        mesh = meshes.make_mesh(config.parallel)
+        _check_batch(config, mesh)
+        self.setup = TrainSetup(config, mesh)
+        _ = self.setup.trained  # bad path rules are refused before anything is written
+        with workdirs.claim(workdir, config, write=self.first_process):
+            self.tokenizer, self.data = _open_data(config, workdir)
+        self.token_bytes = _token_bytes(self.tokenizer, config.model.vocab_size)
+        self.progress = Progress(config.train.steps, enabled=self.first_process)
+        self.store = CheckpointStore(
+            workdir / CHECKPOINTS,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            warn=self.progress.message,
+        )
+        self.batches = self.data.train_iterator()
+        self.state, self.last_saved = self._restore_or_init()
+        self.metrics = MetricsLog(workdir, resume_step=self.step, write=self.first_process)
+        self.train_step = make_train_step(self.setup)
+        self.validation_step = make_validation_step(self.setup)
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+    def close(self) -> None:
+        self.batches.close()
+        self.store.close()
+        self.metrics.close()
+        self.progress.close()
+
+    # The run
+
+    def train(self) -> int:
+        """Steps until the end, a signal, or too many non-finite steps."""
+        steps = self.config.train.steps
+        self.progress.message(self._startup_table())
+        if self.step >= steps:
+            return self._finish()
+        with StopRequest() as stop, jax.set_mesh(self.setup.mesh):
+            timer = _Timer(self.step, time.perf_counter())
+            for step in range(self.step + 1, steps + 1):
+                waiting = time.perf_counter()
+                batch = next(self.batches)
+                timer = _Timer(timer.step, timer.start, timer.waited + time.perf_counter() - waiting)
+                self.state, metrics = self.train_step(self.state, global_batch(self.setup, batch))
+                if int(metrics["skipped_in_a_row"]) >= self.config.train.max_skipped_steps:
+                    return self._diverged(step)
+                if step % self.config.log.every == 0 or step in (1, steps):
+                    self._log(step, metrics, timer)
+                    timer = _Timer(step, time.perf_counter())
+                paused = time.perf_counter()
+                if step % self.config.train.validate_every == 0 or step == steps:
+                    self._validate(step)
+                if step % self.config.checkpoint.every == 0 or step == steps or stop.name:
+                    self._save(step)
+                if stop.name and step < steps:
+                    return self._stopped(step, stop.name)
+                timer = _Timer(timer.step, timer.start + time.perf_counter() - paused, timer.waited)
+        return self._finish()
+
+    def _log(self, step: int, metrics: dict[str, Array], timer: _Timer) -> None:
+        host = jax.device_get(metrics)
+        values: dict[str, Any] = {
+            name: value.tolist() if value.ndim else value.item() for name, value in sorted(host.items())
+        }
+        seconds = time.perf_counter() - timer.start
+        tokens = self.config.train.global_batch_size * self.config.data.seq_len
+        rate = (step - timer.step) * tokens / seconds
+        flops = flops_per_token(self.config.model, self.config.data.seq_len)
+        devices = jax.devices()
+        values |= {
+            "tokens": step * tokens,
+            "tokens_per_second": rate,
+            "tflops_per_second": flops * rate / len(devices) / 1e12,
+            "data_wait_fraction": timer.waited / seconds,
+        }
+        used = mfu(flops, rate, devices[0].device_kind, len(devices))
+        if used is not None:
+            values["mfu"] = used
+        self.metrics.log(step, values)
+        self.progress.update(step, values)
+
+    def _validate(self, step: int) -> None:
+        sums: dict[str, float] = {}
+        for batch in self.data.validation_batches():
+            parts = self.validation_step(self.state, global_batch(self.setup, batch), self.token_bytes)
+            for name, value in jax.device_get(parts).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        if not sums:
+            return
+        values = {"validation_loss": sums["nll"] / sums["weight"]}
+        if sums["bytes"]:
+            values["validation_bits_per_byte"] = sums["nll"] / np.log(2) / sums["bytes"]
+        self.metrics.log(step, values)
+        self.progress.message(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+    # Checkpoints
+
+    def _items(self, state: TrainState) -> dict[str, Any]:
+        optimizer = {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
+        return {"params": state.params, "buffers": state.buffers, "optimizer": optimizer}
+
+    def _restore_or_init(self) -> tuple[TrainState, int | None]:
+        abstract = self.setup.abstract_state()
+        restored = self.store.restore(self._items(abstract))
+        if restored is not None:
+            self.batches.set_state(restored.data)
+            optimizer = restored.items.pop("optimizer")
+            return TrainState(**restored.items, **optimizer), restored.step
+        state = self.setup.init_state()
+        if self.config.checkpoint.init_from:
+            state = self._init_from(state, abstract, Path(self.config.checkpoint.init_from))
+        return state, None
+
+    def _init_from(self, state: TrainState, abstract: TrainState, source: Path) -> TrainState:
+        """Parameters and router biases of another run; step, optimizer and data position start anew."""
+        theirs, ours = (to_dict(config)["model"] for config in (run_config(source), self.config))
+        if differences := differing_keys(theirs, ours):
+            raise ConfigError(
+                f"checkpoint.init_from={source} holds another model; these keys differ (theirs -> ours):\n  "
+                + "\n  ".join(differences)
+            )
+        items = read_items(source, {"params": abstract.params, "buffers": abstract.buffers}).items
+        return TrainState(
+            step=state.step,
+            params=items["params"],
+            buffers={**state.buffers, "model": items["buffers"]["model"]},
+            opt_state=state.opt_state,
+            skipped=state.skipped,
+        )
+
+    def _save(self, step: int) -> None:
+        if self.last_saved != step:
+            self.store.save(step, self._items(self.state), self.batches.get_state())
+            self.last_saved = step
+
+    # Ends
+
+    def _stopped(self, step: int, signal_name: str) -> int:
+        self.store.wait()
+        self.progress.message(
+            f"{signal_name} received: saved step {step} in {self.workdir}. Run the same command again to go on."
+        )
+        return STOPPED
+
+    def _diverged(self, step: int) -> int:
+        self.store.wait()
+        good = self.last_saved
+        self.progress.message(
+            f"error: the loss or gradient was not finite in {self.config.train.max_skipped_steps} steps in a row, the "
+            f"last is step {step}. "
+            + (f"The last good checkpoint is step {good} in " if good else "There is no checkpoint yet in ")
+            + f"{self.workdir / CHECKPOINTS}. Lower optimizer.peak_lr or look at the data of these steps."
+        )
+        return DIVERGED
+
+    def _finish(self) -> int:
+        self.store.wait()
+        if not self.first_process:
+            return DONE
+        where = {"checkpoint": self.workdir / CHECKPOINTS / str(self.step)}
+        if loss_png(read_rows(self.workdir / "metrics.jsonl"), self.workdir / "loss.png"):
+            where["loss curve"] = self.workdir / "loss.png"
+        if self.tokenizer is not None:
+            workdirs.write_atomically(self.workdir / "sample.txt", self._samples(self.tokenizer))
+            where["sample"] = self.workdir / "sample.txt"
+        lines = [f"finished {self.step} steps."] + [f"  {name + ':':<12}{path}" for name, path in where.items()]
+        if self.tokenizer is not None:
+            lines.append(
+                f"evaluate it: .venv/bin/python eval.py --checkpoint={_shown(self.workdir)} --task=perplexity "
+                "--data=README.md"
+            )
+        self.progress.message("\n".join(lines))
+        return DONE
+
+    def _samples(self, tokenizer: Tokenizer) -> str:
+        model = nnx.merge(self.setup.graphdef, self.state.params, self.state.buffers["model"])
+        parts = []
+        for prompt in SAMPLE_PROMPTS:
+            pieces = stream_text(model, tokenizer, prompt, SAMPLE_TOKENS, SAMPLE_SAMPLING, seed=self.config.train.seed)
+            parts.append(f"--- prompt: {prompt!r}\n{prompt}{''.join(pieces)}\n")
+        return "\n".join(parts)
+
+    # The start
+
+    def _startup_table(self) -> str:
+        config, devices = self.config, jax.devices()
+        counts = count_parameters(config.model)
+        tokens = config.train.global_batch_size * config.data.seq_len
+        first = f"step {self.step}" if self.step else "a new run"
+        return startup_table(
+            {
+                "run": {
+                    "workdir": _shown(self.workdir),
+                    "start": first if not config.checkpoint.init_from or self.step else config.checkpoint.init_from,
+                    "steps": f"{config.train.steps:,} of {tokens:,} tokens",
+                    "data": self.data.statistics.summary(),
+                },
+                "machine": {
+                    "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)",
+                    "mesh": meshes.describe(self.setup.mesh),
+                },
+                "model": {
+                    "layers": config.model.pattern
+                    + (f", MTP {config.model.mtp.pattern} x {config.model.mtp.depth}" if config.model.mtp else ""),
+                    "parameters": f"{human(counts['total'])}, {human(counts['active'])} active a token",
+                    "FLOPs a token": human(flops_per_token(config.model, config.data.seq_len)),
+                },
+                "operations": pallas_kernels.dispatch.describe(),
+                "precision": _precision_table(self.setup),
+            }
+        )
+
+
+def _check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError when a microbatch or a row does not divide over the mesh."""
+    rows = config.train.global_batch_size // config.train.microbatches
+    shards = {axis: mesh.shape[axis] for axis in ("data", "fsdp", "expert")}
+    count = int(np.prod(list(shards.values())))
+    if rows % count:
+        raise ConfigError(
+            f"train.global_batch_size / train.microbatches is {rows} sequences, which do not divide over the "
+            f"{count} devices of the mesh axes data, fsdp and expert ({shards}): make it a multiple of {count}."
+        )
+    if config.data.seq_len % mesh.shape["context"]:
+        raise ConfigError(
+            f"data.seq_len ({config.data.seq_len}) must be a multiple of parallel.context ({mesh.shape['context']})."
+        )
+
+
+def _open_data(config: RunConfig, workdir: Path) -> tuple[Tokenizer | None, TrainData]:
+    """The tokenizer (kept in the workdir, where evaluation finds it) and the data."""
+    cache = workdir / workdirs.DATA_CACHE
+    first_process = jax.process_index() == 0
+    vocab = config.model.vocab_size
+    tokenizer = load_tokenizer(config.data, cache, vocab_size=vocab, build=first_process)
+    if tokenizer is not None and first_process and not (workdir / TOKENIZER_FILE).exists():
+        tokenizer.save(workdir / TOKENIZER_FILE)
+    data = build(
+        config.data,
+        tokenizer,
+        global_batch_size=config.train.global_batch_size,
+        vocab_size=vocab,
+        seed=config.train.seed,
+        cache_dir=cache,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return tokenizer, data
+
+
+def _token_bytes(tokenizer: Tokenizer | None, vocab_size: int) -> Array:
+    """[V] float32: UTF-8 bytes of each token; zeros where they are not known."""
+    sizes = np.zeros(vocab_size, np.float32)
+    if tokenizer is not None:
+        sizes[: tokenizer.vocab_size] = tokenizer.token_bytes
+    return jnp.asarray(sizes)
+
+
+def _precision_table(setup: TrainSetup) -> dict[str, str]:
+    recipe = setup.recipe
+    table = {"residual stream": recipe.activations, "weights, optimizer, router, SSM state": "float32"}
+    table |= {f"matmuls {pattern}": precision.operands for pattern, precision in recipe.rules}
+    return table
+
+
+def _shown(path: Path) -> str:
+    """Relative to the current directory where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,140 @@
+"""TrainState: everything of a run that lives on the devices, as a pure pytree.
+
+Nothing mutates: a step takes a state and returns the next one. The static side (graph definition, configs, which
+parameters are trained) is in TrainSetup, closed over by the jitted functions.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from nemotron_jax.errors import ConfigError
+from nemotron_jax.model.linear import Buffer
+from nemotron_jax.model.nemotron import Nemotron, abstract
+from nemotron_jax.parallel import mesh as meshes
+from nemotron_jax.precision.recipe import Recipe, recipe
+from nemotron_jax.run_config import RunConfig
+from nemotron_jax.training.optimizer import adamw
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class TrainState:
+    """One point of a run.
+
+    Attributes:
+      step: int32, updates asked for so far (skipped ones included): the number of the next batch.
+      params: nnx.State of nnx.Param leaves, float32.
+      buffers: {"model": nnx.State of Buffer leaves (router correction biases), "seed": uint32}.
+      opt_state: of the trained parameters only.
+      skipped: int32 [2], steps skipped for a non-finite gradient: in all, and in a row up to now.
+    """
+
+    step: Array
+    params: nnx.State
+    buffers: dict[str, Any]
+    opt_state: optax.OptState
+    skipped: Array
+
+
+@dataclass(frozen=True)
+class TrainSetup:
+    """The static side of a run: config, mesh, recipe, and what follows from them."""
+
+    config: RunConfig
+    mesh: Mesh
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return recipe(self.config.precision.recipe)
+
+    @cached_property
+    def _abstract(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+        return nnx.split(abstract(self.config.model, self.recipe), nnx.Param, Buffer)
+
+    @property
+    def graphdef(self) -> nnx.GraphDef:
+        return self._abstract[0]
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return adamw(self.config.optimizer)
+
+    @cached_property
+    def trained(self) -> Callable[[tuple[Any, ...], Any], bool]:
+        """nnx filter: does this parameter get a gradient and optimizer state?"""
+        return trainable_filter(self.config.train.trainable, self._abstract[1])
+
+    def init_state(self) -> TrainState:
+        """A new state, each leaf made on the devices that hold it: the model is never on one device as a whole."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._init, out_shardings=self.state_shardings())()
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of a state, for restoring one."""
+        shapes = jax.eval_shape(self._init)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            self.state_shardings(),
+        )
+
+    def state_shardings(self) -> TrainState:
+        return meshes.shardings(jax.eval_shape(self._init), self.mesh)
+
+    def _init(self) -> TrainState:
+        seed = self.config.train.seed
+        model = Nemotron(self.config.model, self.recipe, jax.random.key(seed))
+        _, params, buffers = nnx.split(model, nnx.Param, Buffer)
+        trained, _ = split_params(params, self.trained)
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            buffers={"model": buffers, "seed": jnp.uint32(seed)},
+            opt_state=self.optimizer.init(trained),
+            skipped=jnp.zeros(2, jnp.int32),
+        )
+
+
+def split_params(params: nnx.State, trained: Callable[[tuple[Any, ...], Any], bool]) -> tuple[nnx.State, nnx.State]:
+    """(trained, frozen)."""
+    return nnx.split_state(params, trained, ...)
+
+
+def trainable_filter(rules: str, params: nnx.State) -> Callable[[tuple[Any, ...], Any], bool]:
+    """Path rules in order, the last that matches wins: ``-*,+mtp/*`` trains the MTP module alone.
+
+    Each rule is ``+`` (train) or ``-`` (freeze) and a glob over paths such as ``layers/1/mixer/gate/weight``;
+    without rules everything is trained.
+
+    Raises:
+      ConfigError: a rule without its sign, one that matches no parameter, or nothing left to train.
+    """
+    paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
+    parsed: list[tuple[bool, str]] = []
+    for rule in filter(None, (part.strip() for part in rules.split(","))):
+        if rule[0] not in "+-":
+            raise ConfigError(f"train.trainable: the rule {rule!r} must start with + (train) or - (freeze).")
+        if not fnmatch.filter(paths, rule[1:]):
+            raise ConfigError(f"train.trainable: the rule {rule!r} matches no parameter, such as {min(paths)}.")
+        parsed.append((rule[0] == "+", rule[1:]))
+
+    def trained(path: tuple[Any, ...], _: Any) -> bool:
+        name = "/".join(map(str, path))
+        decisions = [train for train, pattern in parsed if fnmatch.fnmatchcase(name, pattern)]
+        return decisions[-1] if decisions else True
+
+    if not any(trained(tuple(path.split("/")), None) for path in paths):
+        raise ConfigError(f"train.trainable: {rules!r} leaves no parameter to train.")
+    return trained
