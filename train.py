@@ -1,4 +1,4 @@
-"""Trains a model: python train.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.train.steps=100 ...]
+"""Trains a model: python train.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.KEY=VALUE ...]
 
 The same command goes on with a run that was stopped. Exit codes: 0 done, 2 bad config or input, 3 diverged,
 75 stopped by a signal after saving (run the same command again).
@@ -14,9 +14,11 @@ from nemotron_jax.cli import main, parse_train_flags
 def train(argv: Sequence[str]) -> int:
     """From flags to a finished run; returns the exit code."""
     config, workdir = parse_train_flags(argv, __doc__)
-    from nemotron_jax.training.loop import pretrain  # after the flags: JAX takes seconds to import
+    # After the flags: JAX takes seconds to import.
+    from nemotron_jax.inference.generate import sample_text
+    from nemotron_jax.training.loop import pretrain
 
-    return pretrain(config, workdir)
+    return pretrain(config, workdir, sampler=sample_text)
 
 
 if __name__ == "__main__":

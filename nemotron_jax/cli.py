@@ -148,7 +148,7 @@ def load_config_file(name: str) -> dict[str, Any]:
     module = types.ModuleType("config_file")
     module.__file__ = str(path)
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
+        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
         get_config = getattr(module, "get_config", None)
         config = get_config() if callable(get_config) else None
     except UserError:

@@ -91,9 +91,7 @@ class AttentionConfig:
     head_dim: int = 128
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "attention", num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
-        )
+        _require_positive("attention", num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"attention.num_heads ({self.num_heads}) must be a multiple of attention.num_kv_heads "
@@ -210,7 +208,7 @@ class ModelConfig:
 def replace(config: ModelConfig, overrides: dict[str, object]) -> ModelConfig:
     """A config with some fields replaced; nested sections are dicts: ``{"mamba": {"num_heads": 8}}``.
 
-    ``{"mtp": None}`` removes the MTP module. Raises ConfigError for an unknown field.
+    ``{"mtp": {"depth": 0}}`` removes the MTP module. Raises ConfigError for an unknown field.
     """
     values: dict[str, object] = {}
     for name, value in overrides.items():
@@ -220,7 +218,8 @@ def replace(config: ModelConfig, overrides: dict[str, object]) -> ModelConfig:
             current = MTPConfig() if current is None else current
             for key in value:
                 _require_field(type(current), key, f"model.{name}.{key}")
-            value = dataclasses.replace(current, **value)
+            without_mtp = name == "mtp" and value.get("depth") == 0
+            value = None if without_mtp else dataclasses.replace(current, **value)
         values[name] = value
     return dataclasses.replace(config, **values)  # type: ignore[arg-type]
 
@@ -301,9 +300,7 @@ PRESETS = {
         intermediate_size=384,
         mamba=MambaConfig(num_heads=8, head_dim=32),
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64),
-        moe=MoEConfig(
-            num_experts=16, top_k=2, intermediate_size=384, shared_intermediate_size=768, latent_size=128
-        ),
+        moe=MoEConfig(num_experts=16, top_k=2, intermediate_size=384, shared_intermediate_size=768, latent_size=128),
         mtp=MTPConfig(depth=2, loss_factor=0.3),
     ),
     # Every block kind of Super at a size that two CPU cores train in minutes; each width divides by 8, so

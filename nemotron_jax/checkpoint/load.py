@@ -13,8 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from nemotron_jax.checkpoint.store import CheckpointStore, Restored, read_json
 from nemotron_jax.config import ModelConfig
 from nemotron_jax.errors import CheckpointError
-from nemotron_jax.model.linear import Buffer
-from nemotron_jax.model.nemotron import Nemotron, abstract
+from nemotron_jax.model.nemotron import Nemotron, abstract, split_model
 from nemotron_jax.precision.recipe import recipe
 from nemotron_jax.run_config import RunConfig, from_dict
 
@@ -53,7 +52,7 @@ def load(path: str | Path, *, step: int | None = None, precision: str = "auto") 
     """
     path = Path(path)
     config = run_config(path).model
-    graphdef, params, buffers = nnx.split(abstract(config, recipe(precision)), nnx.Param, Buffer)
+    graphdef, params, buffers = split_model(abstract(config, recipe(precision)))
     device = SingleDeviceSharding(jax.devices()[0])
     template = {"params": params, "buffers": {"model": buffers, "seed": jax.ShapeDtypeStruct((), jnp.uint32)}}
     items = read_items(path, _on(template, device), step=step).items

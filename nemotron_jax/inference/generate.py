@@ -82,9 +82,7 @@ def stream_text(
     A character whose bytes are spread over several tokens is held back until it is whole.
     """
     ids = tokenizer.encode(prompt)
-    prompt_ids = ids if tokenizer.bos_id is None else np.concatenate([[tokenizer.bos_id], ids])
-    if not len(prompt_ids):
-        raise ConfigError("the prompt is empty, and this tokenizer has no <s> to begin with.")
+    prompt_ids = np.concatenate([[tokenizer.bos_id], ids])
     stop = {model.config.eos_id, tokenizer.eos_id}
     made: list[int] = []
     shown = ""
@@ -98,6 +96,19 @@ def stream_text(
             shown = text
     if made and (rest := tokenizer.decode(made)[len(shown) :]):
         yield rest
+
+
+SAMPLE_PROMPTS = ("def ", "import ", "class ")
+
+
+def sample_text(model: Nemotron, tokenizer: Tokenizer) -> str:
+    """What a run leaves in sample.txt: 100 tokens after each of a few prompts, temperature 0.7, top_p 0.9."""
+    sampling = Sampling(temperature=0.7, top_p=0.9)
+    parts = []
+    for seed, prompt in enumerate(SAMPLE_PROMPTS):
+        text = "".join(stream_text(model, tokenizer, prompt, 100, sampling, seed=seed))
+        parts.append(f"--- prompt: {prompt!r}\n{prompt}{text}\n")
+    return "\n".join(parts)
 
 
 def generate_text(

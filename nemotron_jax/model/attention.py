@@ -26,9 +26,7 @@ class Attention(nnx.Module):
         self.q_proj = Linear(scope / "q_proj", d, a.num_heads * a.head_dim, ("embed", "heads"), std)
         self.k_proj = Linear(scope / "k_proj", d, a.num_kv_heads * a.head_dim, ("embed", "kv_heads"), std)
         self.v_proj = Linear(scope / "v_proj", d, a.num_kv_heads * a.head_dim, ("embed", "kv_heads"), std)
-        self.o_proj = Linear(
-            scope / "o_proj", a.num_heads * a.head_dim, d, ("heads", "embed"), config.output_init_std
-        )
+        self.o_proj = Linear(scope / "o_proj", a.num_heads * a.head_dim, d, ("heads", "embed"), config.output_init_std)
 
     def __call__(
         self, h_BTD: Array, ctx: Context, state: KVCache | None

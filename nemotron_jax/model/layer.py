@@ -23,7 +23,7 @@ from nemotron_jax.model.moe import MoE
 from nemotron_jax.model.state import MixerState
 from nemotron_jax.parallel.mesh import constrain
 
-BLOCKS = {"M": Mamba2, "*": Attention, "E": MoE, "-": MLP}
+BLOCKS: dict[str, Any] = {"M": Mamba2, "*": Attention, "E": MoE, "-": MLP}
 
 
 class Layer(nnx.Module):
@@ -53,7 +53,13 @@ REMAT = {"none": lambda apply: apply, "full": jax.checkpoint}
 
 
 def run_layers(
-    layers: nnx.List, h_BTD: Array, ctx: Context, states: tuple[MixerState, ...] | None, *, remat: str, first_seed: int = 0
+    layers: nnx.List,
+    h_BTD: Array,
+    ctx: Context,
+    states: tuple[MixerState, ...] | None,
+    *,
+    remat: str,
+    first_seed: int = 0,
 ) -> tuple[Array, tuple[MixerState, ...] | None, dict[str, Array]]:
     """Runs layers in order. One jitted function serves all of them, so each kind of layer is traced once.
 

@@ -20,7 +20,7 @@ from jax import Array
 
 from nemotron_jax.config import MambaConfig, ModelConfig
 from nemotron_jax.model.context import Context
-from nemotron_jax.model.linear import Linear, Scope, constant, normal, uniform
+from nemotron_jax.model.linear import Init, Linear, Scope, constant, normal, uniform
 from nemotron_jax.model.state import MambaState, MambaWindow, put_rows, take_rows
 from nemotron_jax.parallel.mesh import axis_size
 from nemotron_jax.precision.matmul import matmul
@@ -67,10 +67,11 @@ class Conv1d(nnx.Module):
         init = uniform(-1 / math.sqrt(config.conv_kernel), 1 / math.sqrt(config.conv_kernel))
         group_channels = config.num_groups * config.state_size
         kinds = (("x", config.inner_size, "heads"), ("B", group_channels, "groups"), ("C", group_channels, "groups"))
-        self.weight = nnx.Dict(
-            {kind: scope.param(f"weight/{kind}", (n, config.conv_kernel), (axis, "norm"), init) for kind, n, axis in kinds}
-        )
-        self.bias = nnx.Dict({kind: scope.param(f"bias/{kind}", (n,), (axis,), init) for kind, n, axis in kinds})
+        self.weight: nnx.Dict = nnx.Dict()
+        self.bias: nnx.Dict = nnx.Dict()
+        for kind, channels, axis in kinds:
+            self.weight[kind] = scope.param(f"weight/{kind}", (channels, config.conv_kernel), (axis, "norm"), init)
+            self.bias[kind] = scope.param(f"bias/{kind}", (channels,), (axis,), init)
 
     def fused(self) -> tuple[Array, Array]:
         """Weight [W, K] and bias [W] over x, B and C."""
@@ -95,7 +96,7 @@ class GatedNorm(nnx.Module):
         return self.weight[...].astype(y.dtype) * grouped.reshape(gated.shape).astype(y.dtype)
 
 
-def _dt_bias_init(config: MambaConfig):
+def _dt_bias_init(config: MambaConfig) -> Init:
     """softplus^-1 of dt = exp(U[log min, log max]), at least the floor."""
 
     def init(key: Array, shape: tuple[int, ...]) -> Array:
@@ -137,7 +138,7 @@ class Mamba2(nnx.Module):
         conv_BTW = jnp.concatenate([x, B, C], axis=-1)
         rows = None if state is None else take_rows(state, ctx.slots)
         weight, bias = self.conv1d.fused()
-        mixed_BTW = causal_conv1d(
+        mixed_BTW: Array = causal_conv1d(  # type: ignore[assignment]
             conv_BTW,
             weight,
             bias,
@@ -189,7 +190,7 @@ class Mamba2(nnx.Module):
                 self.D[...],
             )
             return y_BHP[:, None], ssm_BHPN
-        return ssd(
+        return ssd(  # type: ignore[return-value]
             x_BTHP,
             dt_BTH,
             A,

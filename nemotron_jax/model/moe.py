@@ -83,9 +83,7 @@ class Experts(nnx.Module):
     def __call__(self, rows: Array, group_sizes: Array) -> Array:
         """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
         dtype = self.precision.operands
-        hidden = grouped_matmul(
-            rows.astype(dtype), self.up_proj[...].astype(dtype), group_sizes, activation="relu2"
-        )
+        hidden = grouped_matmul(rows.astype(dtype), self.up_proj[...].astype(dtype), group_sizes, activation="relu2")
         return grouped_matmul(hidden, self.down_proj[...].astype(dtype), group_sizes).astype(rows.dtype)
 
 

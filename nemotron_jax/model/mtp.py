@@ -50,7 +50,7 @@ class MTP(nnx.Module):
 
 
 def shift_left(values_BT: Array, by: int, segment_ids_BT: Array | None) -> tuple[Array, Array]:
-    """values[t + by], zero where that token is past the row or in another document, and where it is not: [B, T] bool."""
+    """values[t + by], zero where that token is past the row or in another document; and where it is inside, [B, T]."""
     time = values_BT.shape[1]
     by = min(by, time)
 

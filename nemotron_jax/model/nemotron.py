@@ -21,7 +21,7 @@ from nemotron_jax.model import logprobs
 from nemotron_jax.model.attention import Attention
 from nemotron_jax.model.context import Context
 from nemotron_jax.model.layer import Layer, run_layers
-from nemotron_jax.model.linear import Embedding, RMSNorm, Scope, normal
+from nemotron_jax.model.linear import Buffer, Embedding, RMSNorm, Scope, normal
 from nemotron_jax.model.mamba2 import Mamba2
 from nemotron_jax.model.mtp import MTP, shift_left
 from nemotron_jax.model.state import DecodeState, MixerState, require_no_draft
@@ -160,6 +160,12 @@ class Nemotron(nnx.Module):
             return None
 
         return DecodeState(jnp.zeros(rows, jnp.int32), tuple(of(letter) for letter in self.config.pattern))
+
+
+def split_model(model: Nemotron) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph definition, parameters, buffers)."""
+    graphdef, params, buffers = nnx.split(model, nnx.Param, Buffer)  # type: ignore[misc]
+    return graphdef, params, buffers
 
 
 def abstract(config: ModelConfig, recipe: Recipe) -> Nemotron:

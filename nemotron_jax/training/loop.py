@@ -7,6 +7,7 @@ those of a run that was never killed (same machine, same number of devices).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,8 @@ from nemotron_jax.checkpoint.store import CheckpointStore
 from nemotron_jax.data.pipeline import TrainData, build, load_tokenizer
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.errors import ConfigError
-from nemotron_jax.inference.generate import stream_text
-from nemotron_jax.inference.sampling import Sampling
 from nemotron_jax.model.counts import count_parameters, flops_per_token
+from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.run_config import RunConfig, differing_keys, to_dict
 from nemotron_jax.training import workdir as workdirs
@@ -38,13 +38,15 @@ from nemotron_jax.training.step import global_batch, make_train_step, make_valid
 
 DONE, DIVERGED, STOPPED = 0, 3, 75
 
-SAMPLE_PROMPTS = ("def ", "import ", "class ")
-SAMPLE_TOKENS = 100
-SAMPLE_SAMPLING = Sampling(temperature=0.7, top_p=0.9)
+# A model and its tokenizer -> what it writes; given by the entry point, since training does not know inference.
+Sampler = Callable[[Nemotron, Tokenizer], str]
 
 
-def pretrain(config: RunConfig, workdir: Path) -> int:
+def pretrain(config: RunConfig, workdir: Path, *, sampler: Sampler | None = None) -> int:
     """Trains to ``train.steps`` in a working directory, going on where an earlier call stopped.
+
+    Args:
+      sampler: writes sample.txt at the end.
 
     Returns:
       0 when the run is finished, 3 when it diverged, 75 when a signal stopped it (after saving).
@@ -52,7 +54,7 @@ def pretrain(config: RunConfig, workdir: Path) -> int:
     Raises:
       UserError: bad config, data, checkpoints or working directory.
     """
-    run = Run(config, workdir.absolute())
+    run = Run(config, workdir.absolute(), sampler)
     try:
         return run.train()
     finally:
@@ -71,8 +73,8 @@ class _Timer:
 class Run:
     """A run being executed: what ``pretrain`` opens, in the order in which it can be refused."""
 
-    def __init__(self, config: RunConfig, workdir: Path) -> None:
-        self.config, self.workdir = config, workdir
+    def __init__(self, config: RunConfig, workdir: Path, sampler: Sampler | None) -> None:
+        self.config, self.workdir, self.sampler = config, workdir, sampler
         self.first_process = jax.process_index() == 0
         mesh = meshes.make_mesh(config.parallel)
         _check_batch(config, mesh)
@@ -91,6 +93,7 @@ class Run:
         self.batches = self.data.train_iterator()
         self.state, self.last_saved = self._restore_or_init()
         self.metrics = MetricsLog(workdir, resume_step=self.step, write=self.first_process)
+        self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self.train_step = make_train_step(self.setup)
         self.validation_step = make_validation_step(self.setup)
 
@@ -142,8 +145,7 @@ class Run:
         seconds = time.perf_counter() - timer.start
         tokens = self.config.train.global_batch_size * self.config.data.seq_len
         rate = (step - timer.step) * tokens / seconds
-        flops = flops_per_token(self.config.model, self.config.data.seq_len)
-        devices = jax.devices()
+        flops, devices = self.flops_per_token, jax.devices()
         values |= {
             "tokens": step * tokens,
             "tokens_per_second": rate,
@@ -237,8 +239,9 @@ class Run:
         where = {"checkpoint": self.workdir / CHECKPOINTS / str(self.step)}
         if loss_png(read_rows(self.workdir / "metrics.jsonl"), self.workdir / "loss.png"):
             where["loss curve"] = self.workdir / "loss.png"
-        if self.tokenizer is not None:
-            workdirs.write_atomically(self.workdir / "sample.txt", self._samples(self.tokenizer))
+        if self.tokenizer is not None and self.sampler is not None:
+            model = nnx.merge(self.setup.graphdef, self.state.params, self.state.buffers["model"])
+            workdirs.write_atomically(self.workdir / "sample.txt", self.sampler(model, self.tokenizer))
             where["sample"] = self.workdir / "sample.txt"
         lines = [f"finished {self.step} steps."] + [f"  {name + ':':<12}{path}" for name, path in where.items()]
         if self.tokenizer is not None:
@@ -248,14 +251,6 @@ class Run:
             )
         self.progress.message("\n".join(lines))
         return DONE
-
-    def _samples(self, tokenizer: Tokenizer) -> str:
-        model = nnx.merge(self.setup.graphdef, self.state.params, self.state.buffers["model"])
-        parts = []
-        for prompt in SAMPLE_PROMPTS:
-            pieces = stream_text(model, tokenizer, prompt, SAMPLE_TOKENS, SAMPLE_SAMPLING, seed=self.config.train.seed)
-            parts.append(f"--- prompt: {prompt!r}\n{prompt}{''.join(pieces)}\n")
-        return "\n".join(parts)
 
     # The start
 
@@ -280,7 +275,7 @@ class Run:
                     "layers": config.model.pattern
                     + (f", MTP {config.model.mtp.pattern} x {config.model.mtp.depth}" if config.model.mtp else ""),
                     "parameters": f"{human(counts['total'])}, {human(counts['active'])} active a token",
-                    "FLOPs a token": human(flops_per_token(config.model, config.data.seq_len)),
+                    "FLOPs a token": human(self.flops_per_token),
                 },
                 "operations": pallas_kernels.dispatch.describe(),
                 "precision": _precision_table(self.setup),

@@ -69,10 +69,10 @@ def loss_fn(
 
     balance = [value for name, value in aux.items() if name.endswith("load_balance_loss")]
     if balance:
-        metrics["load_balance_loss"] = share * sum(balance) / len(balance)
+        metrics["load_balance_loss"] = share * sum(balance, start=jnp.float32(0)) / len(balance)
     aux |= mtp_aux
     balance = [value for name, value in aux.items() if name.endswith("load_balance_loss")]
-    loss += train.load_balance_coefficient * share * sum(balance)
+    loss += train.load_balance_coefficient * share * sum(balance, start=jnp.float32(0))
     metrics.update({name: value for name, value in aux.items() if name.endswith("expert_counts")})
     return loss, metrics
 

@@ -36,10 +36,9 @@ class MetricsLog:
         Raises:
           OSError: the directory cannot be written to.
         """
-        self._write = write
         self._folder = workdir / TENSORBOARD_DIR
         self._resume_step = resume_step
-        self._rows: io.FileIO | None = None
+        self._rows: io.FileIO | None = None  # stays None in the processes that write nothing
         self._events: io.FileIO | None = None
         if write:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -57,11 +56,10 @@ class MetricsLog:
 
         Raises:
           TypeError: a value that JSON cannot hold.
+          ValueError: log() after close().
           OSError: no room left on the disk, say. What was logged before stays whole.
         """
         if self._rows is None:
-            if self._write:
-                raise ValueError("log() after close()")
             return
         plain = {name: _plain(value) for name, value in values.items()}
         row = {"step": int(step)} | {name: _finite(value) for name, value in plain.items()}
@@ -78,7 +76,6 @@ class MetricsLog:
         for file in (self._rows, self._events):
             if file is not None:
                 file.close()
-        self._rows = self._events = None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

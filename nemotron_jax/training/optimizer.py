@@ -27,7 +27,9 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clipping by global norm, Adam, decoupled weight decay. Multiply its updates by minus the learning rate."""
 
     def mask(params: nnx.State) -> nnx.State:
-        flat = [(path, jax.tree.map(lambda _, path=path: decays(path), leaf)) for path, leaf in nnx.to_flat_state(params)]
+        flat = [
+            (path, jax.tree.map(lambda _, path=path: decays(path), leaf)) for path, leaf in nnx.to_flat_state(params)
+        ]
         return nnx.from_flat_state(flat)
 
     return optax.chain(

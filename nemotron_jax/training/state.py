@@ -20,8 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from nemotron_jax.errors import ConfigError
-from nemotron_jax.model.linear import Buffer
-from nemotron_jax.model.nemotron import Nemotron, abstract
+from nemotron_jax.model.nemotron import Nemotron, abstract, split_model
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.precision.recipe import Recipe, recipe
 from nemotron_jax.run_config import RunConfig
@@ -61,7 +60,7 @@ class TrainSetup:
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-        return nnx.split(abstract(self.config.model, self.recipe), nnx.Param, Buffer)
+        return split_model(abstract(self.config.model, self.recipe))
 
     @property
     def graphdef(self) -> nnx.GraphDef:
@@ -96,7 +95,7 @@ class TrainSetup:
     def _init(self) -> TrainState:
         seed = self.config.train.seed
         model = Nemotron(self.config.model, self.recipe, jax.random.key(seed))
-        _, params, buffers = nnx.split(model, nnx.Param, Buffer)
+        _, params, buffers = split_model(model)
         trained, _ = split_params(params, self.trained)
         return TrainState(
             step=jnp.int32(0),
@@ -109,7 +108,8 @@ class TrainSetup:
 
 def split_params(params: nnx.State, trained: Callable[[tuple[Any, ...], Any], bool]) -> tuple[nnx.State, nnx.State]:
     """(trained, frozen)."""
-    return nnx.split_state(params, trained, ...)
+    wanted, rest = nnx.split_state(params, trained, ...)
+    return wanted, rest
 
 
 def trainable_filter(rules: str, params: nnx.State) -> Callable[[tuple[Any, ...], Any], bool]:

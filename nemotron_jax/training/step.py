@@ -47,7 +47,7 @@ def _train_step(setup: TrainSetup, state: TrainState, batch: Batch) -> tuple[Tra
     trained, frozen = split_params(state.params, setup.trained)
     grads, metrics = _gradients(setup, trained, frozen, state.buffers["model"], batch, step_seed)
 
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
     rate = learning_rate(config.optimizer, config.train.steps, state.step)
     updates, opt_state = setup.optimizer.update(grads, state.opt_state, trained)

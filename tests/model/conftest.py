@@ -6,20 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from nemotron_jax.config import AttentionConfig, MambaConfig, ModelConfig, MoEConfig, MTPConfig
+from nemotron_jax.config import ModelConfig
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.precision.recipe import RECIPES
-
-TINY = ModelConfig(
-    pattern="ME*-M",
-    hidden_size=32,
-    vocab_size=64,
-    intermediate_size=48,
-    mamba=MambaConfig(num_heads=4, head_dim=8, num_groups=2, state_size=8, chunk_size=8),
-    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
-    moe=MoEConfig(num_experts=8, top_k=3, intermediate_size=24, shared_intermediate_size=40, latent_size=16),
-    mtp=MTPConfig(pattern="*E", depth=2),
-)
+from tests.tiny import TINY
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from nemotron_jax.model.context import Context
 from nemotron_jax.model.layer import BLOCKS, REMAT
 from nemotron_jax.model.state import select_accepted
 
-TOLERANCE = dict(rtol=1e-4, atol=1e-5)
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 letters = pytest.mark.parametrize("letter", list(BLOCKS))
 
 
@@ -106,9 +106,7 @@ def test_rollback_of_drafted_tokens(letter, block_model, rng):
     drafted, following = tokens_of(rng, 3, 5), tokens_of(rng, 3, 2)
     _, state, _ = model.hidden(tokens, Context(), model.init_state(3, 16))
     verified, state, _ = model.hidden(drafted, Context(draft=True), state)
-    np.testing.assert_allclose(
-        verified, model(jnp.concatenate([tokens, drafted], axis=1)).hidden[:, 6:], **TOLERANCE
-    )
+    np.testing.assert_allclose(verified, model(jnp.concatenate([tokens, drafted], axis=1)).hidden[:, 6:], **TOLERANCE)
     state = select_accepted(state, accepted)
     np.testing.assert_array_equal(state.lengths, 6 + accepted)
     hidden, state, _ = model.hidden(following, Context(), state)
