@@ -7,7 +7,7 @@ PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 .PHONY: help setup train test test-all lint format clean
 
 help: ## list the commands
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with the pinned packages (with CUDA where nvidia-smi works); at once if it is up to date
 	@bash .ci/setup.sh

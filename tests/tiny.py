@@ -1,5 +1,7 @@
 """A model with every block kind that runs in milliseconds, and runs of it."""
 
+import dataclasses
+
 import numpy as np
 
 from nemotron_jax.config import AttentionConfig, MambaConfig, ModelConfig, MoEConfig, MTPConfig
@@ -44,7 +46,7 @@ def tiny_run(**groups: dict) -> RunConfig:
         "checkpoint": CheckpointConfig,
         "log": LogConfig,
     }
-    model = groups.pop("model", TINY)
+    model = groups.pop("model", dataclasses.replace(TINY, pattern="ME*"))
     parts = {name: cls(**{**defaults[name], **groups.pop(name, {})}) for name, cls in classes.items()}
     assert not groups, groups
     return RunConfig(model=model, **parts)

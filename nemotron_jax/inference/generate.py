@@ -98,7 +98,7 @@ def stream_text(
         yield rest
 
 
-SAMPLE_PROMPTS = ("def ", "import ", "class ")
+SAMPLE_PROMPTS = ("import os\nimport sys\n\n\ndef main():\n", 'class Reader:\n    """', "    def __init__(self,")
 
 
 def sample_text(model: Nemotron, tokenizer: Tokenizer) -> str:

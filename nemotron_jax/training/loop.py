@@ -77,7 +77,7 @@ class Run:
         self.config, self.workdir, self.sampler = config, workdir, sampler
         self.first_process = jax.process_index() == 0
         mesh = meshes.make_mesh(config.parallel)
-        _check_batch(config, mesh)
+        check_batch(config, mesh)
         self.setup = TrainSetup(config, mesh)
         _ = self.setup.trained  # bad path rules are refused before anything is written
         with workdirs.claim(workdir, config, write=self.first_process):
@@ -283,7 +283,7 @@ class Run:
         )
 
 
-def _check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises ConfigError when a microbatch or a row does not divide over the mesh."""
     rows = config.train.global_batch_size // config.train.microbatches
     shards = {axis: mesh.shape[axis] for axis in ("data", "fsdp", "expert")}
