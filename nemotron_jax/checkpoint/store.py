@@ -14,6 +14,7 @@ import errno
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ class CheckpointStore:
     ) -> None:
         self.directory = directory.absolute()
         self._warn = warn
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs dozens of lines a save
+        _quieten()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -141,6 +142,27 @@ class CheckpointStore:
         self._manager.close()
 
 
+def _quieten() -> None:
+    """Leaves the telling to our own messages.
+
+    Orbax logs dozens of lines a save, and the traceback of one that fails, which is raised all the same. TensorStore
+    then has its threads report each write that it gives up because Orbax has closed their event loop.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if sys.unraisablehook is not _report_unraisable:
+        _REPORT.append(sys.unraisablehook)
+        sys.unraisablehook = _report_unraisable
+
+
+_REPORT: list[Callable[[Any], Any]] = []  # the hooks that were there before ours
+
+
+def _report_unraisable(problem: Any) -> None:
+    if not (isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"):
+        _REPORT[-1](problem)
+
+
 class _failures_of_saving:
     """Turns errors of a save into a CheckpointError, after removing what the failed save left behind."""
 
@@ -155,10 +177,10 @@ class _failures_of_saving:
             return
         _remove_uncommitted(self.directory)
         full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        hint = "the disk is full: make room" if full else "make sure that the directory can be written to"
+        hint = "The disk is full: make room" if full else "Make sure that the directory can be written to"
         raise CheckpointError(
-            f"saving a checkpoint to {self.directory} failed ({_first_line(error)}); {hint}, then run the same command "
-            "again: it goes on from the checkpoint before."
+            f"saving a checkpoint to {self.directory} failed. {hint}, then run the same command again: it goes on from "
+            f"the checkpoint before. ({_first_line(error)})"
         ) from error
 
 

@@ -141,7 +141,7 @@ def test_a_full_disk(tmp_path):
     try:
         with contextlib.closing(CheckpointStore(disk / "checkpoints", keep=2)) as store:
             fill(store, [1])
-            with pytest.raises(CheckpointError, match="disk is full"):
+            with pytest.raises(CheckpointError, match="The disk is full"):
                 store.save(2, items(2, size=50_000), {})
                 store.wait()
             assert_equal(store.restore(shapes(items(0))).items, items(1))
