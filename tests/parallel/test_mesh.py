@@ -1,0 +1,63 @@
+"""The sharding table."""
+
+import jax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from nemotron_jax.config import PRESETS
+from nemotron_jax.errors import ConfigError
+from nemotron_jax.model.nemotron import abstract
+from nemotron_jax.parallel.mesh import AXES, RULES, axis_size, describe, make_mesh, shardings, spec
+from nemotron_jax.precision.recipe import RECIPES
+from nemotron_jax.run_config import ParallelConfig
+
+
+def test_mesh_always_has_all_axes():
+    mesh = make_mesh(ParallelConfig(fsdp=2, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    assert tuple(mesh.axis_names) == AXES
+    assert describe(mesh) == "data=2, fsdp=2, tensor=2"
+    assert describe(make_mesh(ParallelConfig(), jax.devices()[:1])) == "one device"
+    assert axis_size("tensor") == 1
+    with jax.set_mesh(mesh):
+        assert axis_size("tensor") == 2
+
+
+@pytest.mark.parametrize("config", [ParallelConfig(tensor=3), ParallelConfig(data=4), ParallelConfig(data=1, fsdp=16)])
+def test_meshes_that_do_not_fit(config):
+    with pytest.raises(ConfigError, match="there are 8: change"):
+        make_mesh(config)
+
+
+def test_spec_follows_the_rules():
+    mesh = make_mesh(ParallelConfig(data=1, fsdp=2, expert=2, tensor=2))
+    assert spec((64, 32), ("embed", "mlp"), mesh) == P(("fsdp",), ("tensor",))
+    assert spec((8, 64, 32), ("experts", "embed", "expert_mlp"), mesh) == P(("expert",), ("fsdp",), ("tensor",))
+    assert spec((64, 3), ("embed", "kv_heads"), mesh) == P(("fsdp",), None)  # 3 does not divide
+    assert spec((64, 64), ("embed", "latent"), mesh) == P(("fsdp",), None)  # an axis is used once
+    assert spec((4, 16, 8), ("batch", "time", "norm"), mesh) == P(("data", "fsdp", "expert"), ("context",), None)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_weight_has_known_axes_and_the_large_ones_are_sharded(name):
+    """On a mesh of all axes no device holds more than an eighth of a matrix (and a bit, for odd sizes)."""
+    mesh = make_mesh(ParallelConfig(data=1, fsdp=2, expert=2, tensor=2))
+    _, variables = nnx.split(abstract(PRESETS[name], RECIPES["float32"]))
+    placed = dict(nnx.to_flat_state(shardings(variables, mesh)))
+    for path, variable in nnx.to_flat_state(variables):
+        shape = variable.get_value().shape
+        assert len(variable.axes) == len(shape) and set(variable.axes) <= RULES.keys(), path
+        part = placed[path].get_value().shard_shape(shape)
+        if "up_proj" in path and "experts" in path:
+            assert [whole // piece for whole, piece in zip(shape, part, strict=True)] == [2, 2, 2]
+        elif len(shape) == 2 and "conv1d" not in path and "gate" not in path:
+            assert tuple(part) != tuple(shape), path
+
+
+def test_quickstart_fits_every_mesh_of_eight():
+    """Axes that are powers of two: heads, groups, experts, widths and the vocabulary divide by 8."""
+    config = PRESETS["quickstart"]
+    sizes = [config.hidden_size, config.vocab_size, config.mamba.num_heads, config.mamba.num_groups]
+    sizes += [config.moe.num_experts, config.moe.intermediate_size, config.moe.latent_size, config.attention.num_heads]
+    assert all(size % 8 == 0 for size in sizes)
