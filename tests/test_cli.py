@@ -183,7 +183,7 @@ def test_a_model_without_a_preset_has_what_is_set_and_no_more(tmp_path: Path):
 def test_train_hands_over_and_passes_on_the_exit_code(monkeypatch, capfd, code: int):
     given = []
     loop = types.ModuleType("loop")
-    loop.pretrain = lambda config, workdir: given.append((config, workdir)) or code
+    loop.pretrain = lambda config, workdir, sampler: given.append((config, workdir)) or code
     monkeypatch.setitem(sys.modules, "nemotron_jax.training.loop", loop)
     flags = ["--config.parallel.data", "-1", "--workdir", "a b", "--config.train.steps=9", "--config.train.steps=8"]
     # Flags may stand before the config file that they change.

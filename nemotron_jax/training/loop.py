@@ -29,7 +29,7 @@ from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.run_config import RunConfig, differing_keys, to_dict
 from nemotron_jax.training import workdir as workdirs
-from nemotron_jax.training.metrics import MetricsLog, read_rows
+from nemotron_jax.training.metrics import METRICS_FILE, MetricsLog, read_rows
 from nemotron_jax.training.plot import loss_png
 from nemotron_jax.training.progress import Progress, human, mfu, startup_table
 from nemotron_jax.training.signals import StopRequest
@@ -54,11 +54,12 @@ def pretrain(config: RunConfig, workdir: Path, *, sampler: Sampler | None = None
     Raises:
       UserError: bad config, data, checkpoints or working directory.
     """
-    run = Run(config, workdir.absolute(), sampler)
-    try:
-        return run.train()
-    finally:
-        run.close()
+    with StopRequest() as stop:
+        run = Run(config, workdir.absolute(), sampler)
+        try:
+            return run.train(stop)
+        finally:
+            run.close()
 
 
 @dataclass(frozen=True)
@@ -109,32 +110,35 @@ class Run:
 
     # The run
 
-    def train(self) -> int:
+    def train(self, stop: StopRequest) -> int:
         """Steps until the end, a signal, or too many non-finite steps."""
-        steps = self.config.train.steps
         self.progress.message(self._startup_table())
-        if self.step >= steps:
-            return self._finish()
-        with StopRequest() as stop, jax.set_mesh(self.setup.mesh):
-            timer = _Timer(self.step, time.perf_counter())
-            for step in range(self.step + 1, steps + 1):
+        start, steps = self.step, self.config.train.steps
+        timer = _Timer(start, time.perf_counter())
+        skipped = jnp.int32(0)  # of the step before: looked at while the next one runs
+        with jax.set_mesh(self.setup.mesh):
+            for step in range(start + 1, steps + 1):
+                if stop.name:
+                    return self._stopped(step - 1, stop.name)
                 waiting = time.perf_counter()
                 batch = next(self.batches)
                 timer = _Timer(timer.step, timer.start, timer.waited + time.perf_counter() - waiting)
                 self.state, metrics = self.train_step(self.state, global_batch(self.setup, batch))
-                if int(metrics["skipped_in_a_row"]) >= self.config.train.max_skipped_steps:
-                    return self._diverged(step)
+                if int(skipped) >= self.config.train.max_skipped_steps:
+                    return self._diverged(step - 1)
+                skipped = metrics["skipped_in_a_row"]
                 if step % self.config.log.every == 0 or step in (1, steps):
                     self._log(step, metrics, timer)
                     timer = _Timer(step, time.perf_counter())
                 paused = time.perf_counter()
                 if step % self.config.train.validate_every == 0 or step == steps:
                     self._validate(step)
-                if step % self.config.checkpoint.every == 0 or step == steps or stop.name:
+                # Not in the middle of skipped steps: the last checkpoint should be a good one to go back to.
+                if step == steps or (step % self.config.checkpoint.every == 0 and not int(skipped)):
                     self._save(step)
-                if stop.name and step < steps:
-                    return self._stopped(step, stop.name)
                 timer = _Timer(timer.step, timer.start + time.perf_counter() - paused, timer.waited)
+        if int(skipped) >= self.config.train.max_skipped_steps:
+            return self._diverged(steps)
         return self._finish()
 
     def _log(self, step: int, metrics: dict[str, Array], timer: _Timer) -> None:
@@ -155,7 +159,8 @@ class Run:
         used = mfu(flops, rate, devices[0].device_kind, len(devices))
         if used is not None:
             values["mfu"] = used
-        self.metrics.log(step, values)
+        with workdirs.writing(self.workdir):
+            self.metrics.log(step, values)
         self.progress.update(step, values)
 
     def _validate(self, step: int) -> None:
@@ -169,7 +174,8 @@ class Run:
         values = {"validation_loss": sums["nll"] / sums["weight"]}
         if sums["bytes"]:
             values["validation_bits_per_byte"] = sums["nll"] / np.log(2) / sums["bytes"]
-        self.metrics.log(step, values)
+        with workdirs.writing(self.workdir):
+            self.metrics.log(step, values)
         self.progress.message(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     # Checkpoints
@@ -215,10 +221,11 @@ class Run:
     # Ends
 
     def _stopped(self, step: int, signal_name: str) -> int:
+        if step:
+            self._save(step)
         self.store.wait()
-        self.progress.message(
-            f"{signal_name} received: saved step {step} in {self.workdir}. Run the same command again to go on."
-        )
+        saved = f"saved step {step} in {self.workdir}" if step else "stopped before the first step"
+        self.progress.message(f"{signal_name} received: {saved}. Run the same command again to go on.")
         return STOPPED
 
     def _diverged(self, step: int) -> int:
@@ -237,12 +244,13 @@ class Run:
         if not self.first_process:
             return DONE
         where = {"checkpoint": self.workdir / CHECKPOINTS / str(self.step)}
-        if loss_png(read_rows(self.workdir / "metrics.jsonl"), self.workdir / "loss.png"):
-            where["loss curve"] = self.workdir / "loss.png"
-        if self.tokenizer is not None and self.sampler is not None:
-            model = nnx.merge(self.setup.graphdef, self.state.params, self.state.buffers["model"])
-            workdirs.write_atomically(self.workdir / "sample.txt", self.sampler(model, self.tokenizer))
-            where["sample"] = self.workdir / "sample.txt"
+        with workdirs.writing(self.workdir):
+            if loss_png(read_rows(self.workdir / METRICS_FILE), self.workdir / "loss.png"):
+                where["loss curve"] = self.workdir / "loss.png"
+            if self.tokenizer is not None and self.sampler is not None:
+                model = nnx.merge(self.setup.graphdef, self.state.params, self.state.buffers["model"])
+                workdirs.write_atomically(self.workdir / "sample.txt", self.sampler(model, self.tokenizer))
+                where["sample"] = self.workdir / "sample.txt"
         lines = [f"finished {self.step} steps."] + [f"  {name + ':':<12}{path}" for name, path in where.items()]
         if self.tokenizer is not None:
             lines.append(

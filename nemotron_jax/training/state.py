@@ -82,15 +82,18 @@ class TrainSetup:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of a state, for restoring one."""
-        shapes = jax.eval_shape(self._init)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
+            self._shapes,
             self.state_shardings(),
         )
 
     def state_shardings(self) -> TrainState:
-        return meshes.shardings(jax.eval_shape(self._init), self.mesh)
+        return meshes.shardings(self._shapes, self.mesh)
+
+    @cached_property
+    def _shapes(self) -> TrainState:
+        return jax.eval_shape(self._init)
 
     def _init(self) -> TrainState:
         seed = self.config.train.seed

@@ -38,7 +38,7 @@ def claim(workdir: Path, config: RunConfig, *, write: bool) -> Iterator[None]:
     if known:
         _compare(workdir, read_json(file, "the config of a training run"), values)
     existed = workdir.is_dir()
-    with _writing(workdir):
+    with writing(workdir):
         if write:
             workdir.mkdir(parents=True, exist_ok=True)
             write_atomically(workdir / ".writable", "")
@@ -54,17 +54,18 @@ def claim(workdir: Path, config: RunConfig, *, write: bool) -> Iterator[None]:
                     workdir.rmdir()
         raise
     if write:
-        with _writing(workdir):
+        with writing(workdir):
             write_atomically(file, json.dumps(values, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def _writing(workdir: Path) -> Iterator[None]:
+def writing(workdir: Path) -> Iterator[None]:
+    """Turns an OSError (no permission, no room) into a CheckpointError that names the directory."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"--workdir={workdir} cannot be written to ({error.strerror}): choose a directory that can."
+            f"--workdir={workdir} cannot be written to ({error.strerror}): make room there, or choose another one."
         ) from error
 
 
