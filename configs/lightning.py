@@ -1,4 +1,4 @@
-"""Nemotron 3.5 Lightning 30B-A3B: Nano with an MTP module (facts/nemotron3.md 1.1).
+"""Nemotron 3.5 Lightning 30B-A3B: Nano with an MTP module (Megatron-LM's functional test).
 
 Its pre-training hyper-parameters are not published: these are Nano's.
 
@@ -6,7 +6,7 @@ Command:  python train.py --config=configs/lightning.py --workdir=runs/lightning
           --config.data.tokenizer=TOKENIZER.json --config.parallel.fsdp=8 --config.train.microbatches=384
 Hardware: not run: needs 8 GPUs of 141 GB (16 bytes a parameter for weights, gradients and AdamW: 527 GB)
 Time:     not measured
-Result:   not run; the first loss is near ln(131072) + 0.9^2/2 = 12.2 (facts/nemotron3.md 4.5)
+Result:   not run; the first loss is near ln(131072) + 0.9^2/2 = 12.2
 """
 
 from ml_collections import ConfigDict

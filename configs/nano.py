@@ -1,10 +1,10 @@
-"""Pre-training of Nemotron 3 Nano 30B-A3B (facts/nemotron3.md 4.1): 25T tokens.
+"""Pre-training of Nemotron 3 Nano 30B-A3B (Nano report, 2.4): 25T tokens.
 
 Command:  python train.py --config=configs/nano.py --workdir=runs/nano --config.data.blend=BLEND.json
           --config.data.tokenizer=TOKENIZER.json --config.parallel.fsdp=8 --config.train.microbatches=384
 Hardware: not run: needs 8 GPUs of 141 GB (16 bytes a parameter for weights, gradients and AdamW: 505 GB)
 Time:     not measured; 25T tokens x 20.8 GFLOP = 5.2e23 FLOP
-Result:   not run; the first loss is near ln(131072) + 0.9^2/2 = 12.2 (facts/nemotron3.md 4.5)
+Result:   not run; the first loss is near ln(131072) + 0.9^2/2 = 12.2
 """
 
 from ml_collections import ConfigDict

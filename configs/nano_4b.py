@@ -1,4 +1,4 @@
-"""The dense member of the family, 4B parameters (facts/nemotron3.md 1.1).
+"""The dense member of the family, 4B parameters (Megatron-Bridge, nemotron_3_nano_4b.py).
 
 How it was trained is not among our sources: the hyper-parameters are Nano's.
 
@@ -6,7 +6,7 @@ Command:  python train.py --config=configs/nano_4b.py --workdir=runs/nano_4b --c
           --config.data.tokenizer=TOKENIZER.json --config.parallel.fsdp=8 --config.train.microbatches=384
 Hardware: not run: meant for 8 GPUs (16 bytes a parameter for weights, gradients and AdamW: 64 GB, and activations)
 Time:     not measured
-Result:   not run; the first loss is near ln(131072) + 0.9^2/2 = 12.2 (facts/nemotron3.md 4.5)
+Result:   not run; the first loss is near ln(131072) + 0.9^2/2 = 12.2
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Pre-training of Nemotron 3 Super 120B-A12B (facts/nemotron3.md 4.1): 25T tokens.
+"""Pre-training of Nemotron 3 Super 120B-A12B (Super report, 2.4): 25T tokens.
 
 Iterations are those of the official recipe. Here in bfloat16; the released model was trained in NVFP4.
 
@@ -6,7 +6,7 @@ Command:  python train.py --config=configs/super.py --workdir=runs/super --confi
           --config.data.tokenizer=TOKENIZER.json --config.parallel.fsdp=32 --config.train.microbatches=96
 Hardware: not run: needs 32 GPUs of 141 GB (16 bytes a parameter for weights, gradients and AdamW: 1,978 GB)
 Time:     not measured; 25T tokens x 85.6 GFLOP = 2.1e24 FLOP
-Result:   not run; the first loss is near ln(131072) + 0.9^2/2 = 12.2 (facts/nemotron3.md 4.5)
+Result:   not run; the first loss is near ln(131072) + 0.9^2/2 = 12.2
 """
 
 from ml_collections import ConfigDict
@@ -29,5 +29,5 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_steps = 7_949  # 200B tokens
     config.optimizer.decay_steps = 198_682  # 5T tokens
 
-    config.checkpoint.every = 1000  # 25B tokens, what checkpoint merging averages (facts/nemotron3.md 4.4)
+    config.checkpoint.every = 1000  # 25B tokens, what checkpoint merging averages (Super report, 2.5)
     return config

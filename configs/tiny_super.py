@@ -1,4 +1,4 @@
-"""Super's official tiny shape (facts/nemotron3.md 1.4): all of its parts, to try things on one machine.
+"""Super's official tiny shape (NVIDIA-NeMo/Nemotron, super3/tiny_model.py), to try things on one machine.
 
 With the released vocabulary it has 78M parameters, 67M of them embeddings. Only the shape is official, not the
 hyper-parameters.

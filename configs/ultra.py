@@ -1,4 +1,4 @@
-"""Pre-training of Nemotron 3 Ultra 550B-A55B (facts/nemotron3.md 4.1): 20T tokens.
+"""Pre-training of Nemotron 3 Ultra 550B-A55B (Ultra report, 2.4): 20T tokens.
 
 Here in bfloat16; the released model was trained in NVFP4.
 
@@ -6,7 +6,7 @@ Command:  python train.py --config=configs/ultra.py --workdir=runs/ultra --confi
           --config.data.tokenizer=TOKENIZER.json --config.parallel.fsdp=128 --config.train.microbatches=24
 Hardware: not run: needs 128 GPUs of 141 GB (16 bytes a parameter for weights, gradients and AdamW: 8,968 GB)
 Time:     not measured; 20T tokens x 361.5 GFLOP = 7.2e24 FLOP
-Result:   not run; the first loss is near ln(131072) + 0.9^2/2 = 12.2 (facts/nemotron3.md 4.5)
+Result:   not run; the first loss is near ln(131072) + 0.9^2/2 = 12.2
 """
 
 from ml_collections import ConfigDict
@@ -29,5 +29,5 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_steps = 7_947  # 200B tokens
     config.optimizer.decay_steps = 198_682  # 5T tokens
 
-    config.checkpoint.every = 1000  # 25B tokens, what checkpoint merging averages (facts/nemotron3.md 4.4)
+    config.checkpoint.every = 1000  # 25B tokens, what checkpoint merging averages (Super report, 2.5)
     return config

@@ -1,7 +1,8 @@
 """What a Nemotron 3 model is: frozen, validated descriptions of its shape, and the presets.
 
 Values are those of the released config.json files and the official Megatron configurations
-(facts/nemotron3.md section 1); ``nemotron_jax.hf_config`` reads and writes the Hugging Face spelling.
+(Megatron-LM examples, Megatron-Bridge recipes, the Nemotron 3 reports);
+``nemotron_jax.hf_config`` reads and writes the Hugging Face spelling.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class MambaConfig:
     state_size: int = 128
     conv_kernel: int = 4
     chunk_size: int = 128
-    # Initialisation of dt (facts/nemotron3.md 2.2); the forward pass never clamps dt: its limit is (0, inf).
+    # Initialisation of dt (Megatron-LM, mamba_mixer.py); the forward pass never clamps dt: its limit is (0, inf).
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
@@ -140,7 +141,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class MTPConfig:
-    """Multi-token prediction: one stored module, applied ``depth`` times (facts/nemotron3.md 2.6)."""
+    """Multi-token prediction: one stored module, applied ``depth`` times (model/mtp.py)."""
 
     pattern: str = "*E"
     depth: int = 2
@@ -196,12 +197,12 @@ class ModelConfig:
 
     @property
     def init_std(self) -> float:
-        """Standard deviation of weight initialisation (facts/nemotron3.md 1.4)."""
+        """Standard deviation of weight initialisation (Megatron's init-method-std)."""
         return self.initializer_std or 0.9 / math.sqrt(self.hidden_size)
 
     @property
     def output_init_std(self) -> float:
-        """Of the projections that write to the residual stream: std / sqrt(layers) (facts/nemotron3.md 4.1)."""
+        """Of the projections that write to the residual stream: std / sqrt(layers) (Megatron-LM's scaled init)."""
         return self.init_std / math.sqrt(len(self.pattern))
 
 
@@ -292,8 +293,8 @@ PRESETS = {
         attention=AttentionConfig(num_heads=40, num_kv_heads=8),
         initializer_std=0.02,
     ),
-    # The official tiny shape of Super (facts/nemotron3.md 1.4). Its source does not name the number of Mamba
-    # groups: 8, as in the whole family.
+    # The official tiny shape of Super (NVIDIA-NeMo/Nemotron, super3/tiny_model.py). The number of Mamba groups is
+    # that of the whole family.
     "tiny-super": ModelConfig(
         pattern="MEM*EME",
         hidden_size=256,

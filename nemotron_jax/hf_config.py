@@ -1,4 +1,4 @@
-"""Hugging Face ``config.json`` of nemotron_h models ↔ ModelConfig (facts/nemotron3.md 1.1).
+"""Hugging Face ``config.json`` of nemotron_h models ↔ ModelConfig (transformers, configuration_nemotron_h.py).
 
 Both spellings of the layer list are read: the pattern string (``hybrid_override_pattern``) and the list
 (``layers_block_type``), each also for the MTP module. Keys that mean nothing here are kept and written back.

@@ -30,7 +30,7 @@ class DataConfig:
     """Where the text comes from. Exactly one of ``files`` and ``blend`` is used: ``blend`` wins when given."""
 
     files: str = "stdlib"  # comma-separated paths and globs; "stdlib": the sources of Python's standard library
-    blend: str = ""  # NVIDIA's blend JSON (facts/posttraining.md section 4)
+    blend: str = ""  # NVIDIA's blend JSON (data/blend.py)
     text_field: str = "text"  # of .jsonl and Parquet
     seq_len: int = 8192
     tokenizer: str = "bpe:8192"  # a tokenizer.json (or its folder), or bpe:N to train one on the data
@@ -58,8 +58,8 @@ class TrainConfig:
     remat: str = "full"
     validate_every: int = 100
     max_skipped_steps: int = 5  # non-finite steps in a row before the run gives up (exit 3)
-    load_balance_coefficient: float = 1e-4  # facts/nemotron3.md 4.1
-    router_bias_rate: float = 1e-3  # facts/nemotron3.md 4.1
+    load_balance_coefficient: float = 1e-4  # Nemotron 3 Nano report, 2.4
+    router_bias_rate: float = 1e-3  # the same
     trainable: str = ""  # ordered path rules, e.g. "-*,+mtp/*"; empty: everything
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW under a warm-up, stable, decay schedule (facts/nemotron3.md 4.1)."""
+    """AdamW under a warm-up, stable, decay schedule (training/optimizer.py)."""
 
     name: str = "adamw"
     peak_lr: float = 1e-3

@@ -56,7 +56,7 @@ def test_replace_nested_and_without_mtp():
 
 
 def test_presets_are_those_of_the_table():
-    """facts/nemotron3.md 1.1: layer counts, attention positions, the fields that differ."""
+    """Layer counts, attention positions, the fields that differ."""
     counts = {name: tuple(config.pattern.count(letter) for letter in "ME*") for name, config in PRESETS.items()}
     assert counts["nano"] == counts["lightning"] == (23, 23, 6)
     assert counts["super"] == (40, 40, 8) and counts["ultra"] == (48, 48, 12)
@@ -98,7 +98,7 @@ def released_nano():
 
 
 def test_odd_but_real_configs():
-    """What transformers writes (facts/nemotron3.md 1.1)."""
+    """What transformers writes."""
     values = released_nano()
     del values["hybrid_override_pattern"]
     values |= {

@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nemotron_jax.errors import DataError
 
-# ids 0..13 of the Nemotron 3 tokenizers (facts/nemotron3.md section 1.2)
+# ids 0..13 of the Nemotron 3 tokenizers (as NeMo Safe-Synthesizer's tests list them)
 SPECIAL_TOKENS = (
     "<unk>",
     "<s>",

@@ -1,4 +1,4 @@
-"""Block "*": causal grouped-query attention without positions, biases or norms (facts/nemotron3.md 2.3).
+"""Block "*": causal grouped-query attention without positions, biases or norms (transformers, modeling_nemotron_h.py).
 
 Shapes: B batch, T time, D model width, H query or key/value heads, P head dim.
 """

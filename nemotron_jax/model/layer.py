@@ -27,7 +27,7 @@ BLOCKS: dict[str, Any] = {"M": Mamba2, "*": Attention, "E": MoE, "-": MLP}
 
 
 class Layer(nnx.Module):
-    """``h + mixer(norm(h))`` in the dtype of the residual stream (facts/nemotron3.md 2.1)."""
+    """``h + mixer(norm(h))`` in the dtype of the residual stream (transformers, modeling_nemotron_h.py)."""
 
     def __init__(self, scope: Scope, letter: str, config: ModelConfig) -> None:
         self.norm = RMSNorm(scope / "norm", config.hidden_size, config.norm_eps)

@@ -72,7 +72,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """RMS norm over the last axis in float32, weight multiplied before the cast (facts/nemotron3.md 2.1)."""
+    """RMS norm over the last axis in float32; the weight is multiplied before the cast (modeling_nemotron_h.py)."""
 
     def __init__(self, scope: Scope, size: int, eps: float) -> None:
         self.weight = scope.param("weight", (size,), ("norm",), constant(1.0))

@@ -3,7 +3,7 @@
 Tokens go through the head in chunks of time; each chunk's float32 logits are made, reduced and dropped, and made
 again in the backward pass. The gradient of the head's weight is summed over the chunks in float32, whatever the
 dtype of the operands: in bfloat16 the small contributions of multi-token prediction were lost, which made
-Ultra's pre-training diverge (facts/nemotron3.md 4.1).
+Ultra's pre-training diverge (Nemotron 3 Ultra report, 2.7).
 
 Shapes: B batch, T time, D model width, V vocabulary, C tokens of a chunk, Z chunks.
 """

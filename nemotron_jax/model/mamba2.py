@@ -1,4 +1,4 @@
-"""Block "M": the Mamba-2 mixer (facts/nemotron3.md 2.2).
+"""Block "M": the Mamba-2 mixer (Megatron-LM, core/ssm/mamba_mixer.py).
 
     [z | x | B | C | dt] = in_proj(h);  [x | B | C] = silu(conv1d([x | B | C]))
     dt = softplus(dt + dt_bias), never clamped;  A = -exp(A_log)
@@ -214,7 +214,7 @@ class Mamba2(nnx.Module):
 
     @staticmethod
     def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-        """Forward FLOPs a token, projections excluded: the chunked SSD (facts/gpu.md 4.4).
+        """Forward FLOPs a token, projections excluded: the chunked SSD of pallas_kernels/ssd.py.
 
         C.B per group 2CNG, its product with x 2CHP, chunk states and their reading 4HPN, convolution 2KW.
         """

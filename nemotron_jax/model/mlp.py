@@ -1,4 +1,4 @@
-"""Block "-": a dense MLP with squared ReLU, without gate or bias (facts/nemotron3.md 2.4).
+"""Block "-": a dense MLP with squared ReLU, without gate or bias (transformers, modeling_nemotron_h.py).
 
 Shapes: B batch, T time, D model width.
 """

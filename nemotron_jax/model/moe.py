@@ -1,4 +1,6 @@
-"""Block "E": sigmoid-routed experts with a shared expert, optionally in a latent space (facts/nemotron3.md 2.4, 2.5).
+"""Block "E": sigmoid-routed experts with a shared expert, optionally in a latent space.
+
+Sources: transformers, modeling_nemotron_h.py; Megatron-LM, core/transformer/moe/; Nemotron 3 Super report, 2.1.1.
 
     s = sigmoid(gate(h)) in float32;  chosen = top-k of s + correction bias;  w = s[chosen] / (sum + 1e-20) * factor
     u = fc1_latent_proj(h);  y = sum_k w_k down_k(relu(up_k(u))^2);  out = fc2_latent_proj(y) + shared_experts(h)
@@ -112,7 +114,7 @@ class MoE(nnx.Module):
         """h [B, T, D] -> (y [B, T, D], None, aux).
 
         aux: expert_counts [E] float32, the tokens that chose each expert; load_balance_loss, a scalar near 1 when
-        balanced (sequence-level, facts/nemotron3.md 4.1). Padding counts in neither.
+        balanced (Megatron-LM's seq_aux_loss, moe_utils.py). Padding counts in neither.
         """
         batch, time = h_BTD.shape[:2]
         scores_BTE, experts_BTK, weights_BTK = self.gate(h_BTD)

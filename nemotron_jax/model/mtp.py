@@ -1,4 +1,6 @@
-"""Multi-token prediction: one module, applied once a depth (facts/nemotron3.md 2.6).
+"""Multi-token prediction: one module, applied once a depth.
+
+Source: Megatron-LM, core/transformer/multi_token_prediction.py.
 
     h^0 = hidden states after norm_f
     x   = eh_proj([enorm(embedding of token t+k) | hnorm(h^{k-1})])        embedding first

@@ -56,7 +56,7 @@ class Nemotron(nnx.Module):
     """A Nemotron 3 model. Weights are float32; the recipe says in what precision they are used."""
 
     def __init__(self, config: ModelConfig, recipe: Recipe, key: Array) -> None:
-        """Initialised as in facts/nemotron3.md 1.4, 2.2 and 4.1; the values depend on the key and on each path."""
+        """Initialised as Megatron-LM does (mamba_mixer.py); values depend on the key and on each path alone."""
         scope = Scope(key, recipe)
         self.config = config
         self.embeddings = Embedding(scope / "embeddings", config.vocab_size, config.hidden_size, config.init_std)

@@ -6,7 +6,7 @@ State is threaded through the calls, never mutated. The dtype of a stored state 
 A key/value cache forgets drafted tokens by its length alone. A Mamba state cannot be truncated, so a draft call
 (``Context.draft``) leaves it untouched and returns the inputs of the drafted tokens beside it; ``select_accepted``
 replays the accepted ones. One state plus a window of inputs costs far less than a state for each drafted token
-(facts/posttraining.md section 6, "ReplaySSM").
+("ReplaySSM", vLLM RFC 47572).
 
 Shapes: B batch, T tokens of a call (of the draft), H heads, G groups, P head dim, N SSM state, S tokens of a page,
 K convolution width, W convolution channels.

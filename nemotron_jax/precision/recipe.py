@@ -39,7 +39,7 @@ class Recipe:
         raise ConfigError(f"no rule of the precision recipe matches {path}: end the rules with one for '*'.")
 
 
-# The router and its inputs are float32 in every recipe (facts/nemotron3.md 2.4), by construction of moe.py.
+# The router and its inputs are float32 in every recipe (Megatron-LM's moe-router-dtype), by construction of moe.py.
 RECIPES = {
     "float32": Recipe("float32", (("*", Precision("float32")),)),
     "bfloat16": Recipe("bfloat16", (("*", Precision("bfloat16")),)),

@@ -1,4 +1,4 @@
-"""AdamW and its schedule (facts/nemotron3.md 4.1)."""
+"""AdamW and its schedule (Nemotron 3 Nano, Super and Ultra reports, section 2.4 each)."""
 
 from __future__ import annotations
 

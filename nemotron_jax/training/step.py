@@ -99,7 +99,7 @@ def _gradients(
 
 
 def _update_router_biases(buffers: nnx.State, counts: Metrics, rate: float) -> nnx.State:
-    """``bias += rate * sign(mean count - count)`` for each MoE layer (facts/nemotron3.md 4.1)."""
+    """``bias += rate * sign(mean count - count)`` for each MoE layer (Megatron-LM, moe_utils.py)."""
     flat = []
     for path, variable in nnx.to_flat_state(buffers):
         layer = "/".join(map(str, path)).removesuffix("/mixer/gate/e_score_correction_bias")

@@ -1,4 +1,4 @@
-"""The model against a second, naive implementation of facts/nemotron3.md section 2 in NumPy, token by token."""
+"""The model against a second, naive implementation of its formulas in NumPy, token by token."""
 
 import jax.numpy as jnp
 import numpy as np

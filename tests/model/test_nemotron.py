@@ -17,7 +17,7 @@ from nemotron_jax.model.mtp import shift_left
 from nemotron_jax.model.nemotron import Nemotron, abstract
 from nemotron_jax.precision.recipe import RECIPES, Precision, Recipe
 
-# facts/nemotron3.md 1.3: total, MTP, active.
+# Counted from the released files' shapes: total, MTP, active.
 RELEASED = {
     "nano": (31_577_940_288, 0, 3_580_073_408),
     "lightning": (32_913_266_240, 1_335_325_952, 3_580_073_408),
