@@ -142,6 +142,20 @@ def test_each_kind_of_layer_is_traced_once(tiny_config, monkeypatch):
     assert sorted(traces) == ["Mamba2", "MoE"]
 
 
+def test_every_layer_and_depth_has_a_seed_of_its_own(tiny_model, monkeypatch):
+    seeds = []
+
+    def run(graphdef, leaves, h, ctx, state, *, remat):
+        seeds.append(int(ctx.seed))
+        return h, state, {}
+
+    monkeypatch.setattr(layers, "_run_layer", run)
+    tokens, ctx = jnp.zeros((1, 4), jnp.int32), Context(seed=jnp.uint32(3))
+    hidden, _, _ = tiny_model.hidden(tokens, ctx)
+    tiny_model.mtp_hidden(hidden, tokens, ctx)
+    assert len(seeds) == 5 + 2 * 2 == len(set(seeds))
+
+
 def test_two_precisions_of_a_kind_are_two_traces(tiny_config):
     """The recipe reaches each matmul by its path, and layers of equal precision have equal graph definitions."""
     recipe = Recipe("float32", (("layers/4/*", Precision("bfloat16")), ("*", Precision("float32"))))

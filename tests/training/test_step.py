@@ -15,6 +15,7 @@ from nemotron_jax.model.context import Context
 from nemotron_jax.model.mtp import shift_left
 from nemotron_jax.parallel.mesh import make_mesh
 from nemotron_jax.run_config import ParallelConfig, PrecisionConfig
+from nemotron_jax.training.losses import loss_fn, totals
 from nemotron_jax.training.optimizer import decays, learning_rate
 from nemotron_jax.training.state import TrainSetup
 from nemotron_jax.training.step import global_batch, make_train_step, make_validation_step
@@ -147,13 +148,38 @@ def test_a_step_that_is_not_finite_changes_nothing(batches):
 
 
 def test_router_bias_moves_against_the_load(batches):
-    """1e-3 * sign(mean - count), once a global batch, also with microbatches."""
+    """1e-3 * sign(mean - count) for each expert, once a global batch, also with microbatches."""
+    setup, _, start = compiled(tiny_run())
+    model = nnx.merge(setup.graphdef, start.params, start.buffers["model"])
+    ctx = Context(segment_ids=jnp.asarray(batches[0].segment_ids))
+    hidden, _, aux = model.hidden(jnp.asarray(batches[0].tokens), ctx)
+    _, mtp_aux = model.mtp_hidden(hidden, jnp.asarray(batches[0].tokens), ctx)
     for count in (1, 4):
-        _, state, metrics = run_steps(tiny_run(train={"microbatches": count}), batches[:1])
-        for layer, load in ((state.buffers["model"]["layers"][1], metrics[0]["expert_load"][0]),):
+        _, state, _ = run_steps(tiny_run(train={"microbatches": count}), batches[:1])
+        biases = state.buffers["model"]
+        for counts, layer in (
+            (aux["layers/1/expert_counts"], biases["layers"][1]),
+            (mtp_aux["mtp/layers/1/expert_counts"], biases["mtp"]["layers"][1]),
+        ):
             bias = layer["mixer"]["gate"]["e_score_correction_bias"].get_value()
-            assert set(np.abs(bias)) <= {np.float32(0), np.float32(1e-3)}
-            assert (bias < 0).any() == (load[1] > 1) and (bias > 0).any() == (load[0] < 1)
+            np.testing.assert_allclose(bias, 1e-3 * np.sign(counts.mean() - counts), rtol=1e-6)
+            assert (bias != 0).any()
+
+
+def test_the_loss_weighs_its_parts(batches):
+    """nll + factor / K * MTP + coefficient * load balance of every layer, the MTP depths included."""
+    setup, _, start = compiled(tiny_run())
+    model = nnx.merge(setup.graphdef, start.params, start.buffers["model"])
+    batch = jax.tree.map(jnp.asarray, batches[0])
+    train = dataclasses.replace(setup.config.train, load_balance_coefficient=0.5)
+    loss, metrics = loss_fn(model, batch, jnp.uint32(0), totals(batch, model.config), 1.0, train)
+    ctx = Context(segment_ids=batch.segment_ids)
+    hidden, _, aux = model.hidden(batch.tokens, ctx)
+    _, mtp_aux = model.mtp_hidden(hidden, batch.tokens, ctx)
+    balance = aux["layers/1/load_balance_loss"] + mtp_aux["mtp/layers/1/load_balance_loss"]
+    expected = metrics["loss"] + 0.3 / 2 * (metrics["mtp_loss_1"] + metrics["mtp_loss_2"]) + 0.5 * balance
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(balance) > 2.5  # three applications, each near 1
 
 
 def test_trainable_rules(batches):
