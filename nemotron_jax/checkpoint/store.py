@@ -49,12 +49,17 @@ class CheckpointStore:
       keep: the newest ones that stay.
       keep_every: steps divisible by this stay for ever; 0: none.
       warn: told about damaged steps.
+
+    Raises:
+      CheckpointError: there is a file in the place of the directory.
     """
 
     def __init__(
         self, directory: Path, *, keep: int = 1, keep_every: int = 0, warn: Callable[[str], None] = logging.warning
     ) -> None:
         self.directory = directory.absolute()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} should be a directory of checkpoints, but is a file: move it away.")
         self._warn = warn
         _quieten()
         self._manager = ocp.CheckpointManager(

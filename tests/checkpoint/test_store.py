@@ -64,6 +64,12 @@ def test_round_trip_and_what_is_kept(store):
     assert_equal(restored.items, items(7))
 
 
+def test_a_file_in_the_place_of_the_directory(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        CheckpointStore(tmp_path / "checkpoints")
+
+
 def test_no_checkpoint(store):
     assert store.restore(shapes(items(0))) is None
 
