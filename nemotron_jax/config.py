@@ -65,6 +65,12 @@ class MambaConfig:
             num_groups=self.num_groups,
             state_size=self.state_size,
             chunk_size=self.chunk_size,
+            time_step_min=self.time_step_min,
+            time_step_floor=self.time_step_floor,
+        )
+        _require(
+            self.time_step_min <= self.time_step_max,
+            f"mamba.time_step_min ({self.time_step_min}) must not exceed mamba.time_step_max ({self.time_step_max}).",
         )
         _require(
             self.num_heads % self.num_groups == 0,

@@ -86,7 +86,14 @@ def from_hf(values: Mapping[str, Any]) -> ModelConfig:
     Raises:
       ConfigError: a feature that no released model uses, a missing or malformed layer list, or sizes that do not fit.
     """
-    rest = dict(values)
+    try:
+        return _from_hf(dict(values))
+    except (TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"config.json holds a value of the wrong kind: {error}.") from error
+
+
+def _from_hf(rest: dict[str, Any]) -> ModelConfig:
+    values = dict(rest)
     for key, expected in _FIXED.items():
         if key in rest and rest.pop(key) not in (expected, None):
             raise ConfigError(f"config.json has {key}={values[key]!r}; only {expected!r} is supported.")

@@ -71,6 +71,7 @@ class TrainConfig:
             f"train.global_batch_size ({self.global_batch_size}) must be a multiple of train.microbatches "
             f"({self.microbatches}).",
         )
+        _check(0 <= self.seed < 2**32, f"train.seed must be in [0, 2^32), got {self.seed}.")
         _choice("train.remat", self.remat, ("none", "full"))
 
 

@@ -28,6 +28,8 @@ from nemotron_jax.hf_config import from_hf, to_hf
             lambda: MambaConfig(num_heads=10, num_groups=4),
             r"num_heads \(10\) must be a multiple of mamba.num_groups \(4\)",
         ),
+        (lambda: MambaConfig(time_step_min=-1.0), "time_step_min must be positive"),
+        (lambda: MambaConfig(time_step_min=1.0), "must not exceed mamba.time_step_max"),
         (lambda: AttentionConfig(num_heads=6, num_kv_heads=4), r"num_heads \(6\) must be a multiple of .*kv_heads"),
         (lambda: MoEConfig(num_experts=4, top_k=5), r"top_k \(5\) must not exceed"),
         (lambda: MoEConfig(num_experts=9, num_groups=2), "multiple of moe.num_groups"),
@@ -126,6 +128,10 @@ def test_odd_but_real_configs():
         ({"attention_bias": True}, "attention_bias=True; only False"),
         ({"num_nextn_predict_layers": 2, "mtp_hybrid_override_pattern": "*E"}, "stores 2 MTP modules"),
         ({"n_groups": 3}, "multiple of mamba.num_groups"),
+        ({"hidden_size": "abc"}, "wrong kind"),
+        ({"hybrid_override_pattern": 5}, "wrong kind"),
+        ({"eos_token_id": []}, "wrong kind"),
+        ({"time_step_limit": 5}, "wrong kind"),
     ],
 )
 def test_bad_config_json(change, message):

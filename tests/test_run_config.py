@@ -34,6 +34,7 @@ def test_preset_is_resolved_with_its_overrides():
             {"model": {"preset": "nano"}, "train": {"global_batch_size": 6, "microbatches": 4}},
             "multiple of train.micro",
         ),
+        ({"model": {"preset": "nano"}, "train": {"seed": -1}}, "train.seed"),
         ({"model": {"preset": "nano"}, "data": {"seq_len": 1}}, "data.seq_len"),
         ({"model": {"preset": "nano"}, "data": {"validation_fraction": 1.0}}, "validation_fraction"),
         ({"model": {"preset": "nano"}, "data": {"files": ""}}, "data.files and data.blend are both empty"),

@@ -59,7 +59,9 @@ class CheckpointStore:
     ) -> None:
         self.directory = directory.absolute()
         if self.directory.exists() and not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory} should be a directory of checkpoints, but is a file: move it away.")
+            raise CheckpointError(
+                f"{self.directory} should be a directory of checkpoints, but is a file: move it away."
+            )
         self._warn = warn
         _quieten()
         self._manager = ocp.CheckpointManager(

@@ -19,7 +19,7 @@ from jax import Array
 from nemotron_jax.checkpoint.load import load, run_config
 from nemotron_jax.data.pipeline import evaluation_batches
 from nemotron_jax.errors import DataError
-from nemotron_jax.inference.generate import load_tokenizer, read_tokens
+from nemotron_jax.inference.generate import load_tokenizer, read_tokens, write_array
 from nemotron_jax.model.context import Context
 
 ROWS = 8  # rows scored at a time
@@ -42,7 +42,8 @@ def perplexity(checkpoint: Path, data: str, *, step: int | None = None) -> dict[
       data: comma-separated paths, globs or "stdlib", as in ``data.files``.
 
     Returns:
-      nll_per_token (natural log), perplexity, bits_per_byte (all of the nll over the bytes of the text), tokens.
+      nll_per_token (natural log), perplexity, bits_per_byte (all of the nll over the bytes of the text; None where
+      some of the data are tokens whose text is not known), tokens.
     """
     config = run_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
@@ -54,19 +55,20 @@ def perplexity(checkpoint: Path, data: str, *, step: int | None = None) -> dict[
         vocab_size=config.model.vocab_size,
         text_field=config.data.text_field,
     )
-    text_bytes = sum(about.text_bytes or 0 for about in abouts)
+    sizes = [about.text_bytes for about in abouts]
     graphdef, variables = nnx.split(load(checkpoint, step=step)[1])
     nll, tokens = 0.0, 0
     for batch in batches:
         logprobs = np.asarray(_logprobs(graphdef, variables, batch.tokens, batch.targets, batch.segment_ids))
         nll -= float((batch.loss_weights * logprobs).sum(dtype=np.float64))
         tokens += int(batch.loss_weights.sum())
-    if not tokens or not text_bytes:
-        raise DataError(f"{data} holds no text to score.")
+    if not tokens:
+        raise DataError(f"{data} holds nothing to score.")
+    text_bytes = None if None in sizes else sum(size or 0 for size in sizes)
     return {
         "nll_per_token": nll / tokens,
         "perplexity": math.exp(nll / tokens),
-        "bits_per_byte": nll / math.log(2) / text_bytes,
+        "bits_per_byte": nll / math.log(2) / text_bytes if text_bytes else None,
         "tokens": tokens,
     }
 
@@ -89,5 +91,4 @@ def score(checkpoint: Path, tokens: Path, out: Path, *, step: int | None = None)
         np.asarray(_logprobs(graphdef, variables, jnp.asarray(rows[:, :-1]), jnp.asarray(rows[:, 1:]), None))
         for rows in (values[i : i + ROWS] for i in range(0, len(values), ROWS))
     ]
-    with open(out, "wb") as file:
-        np.save(file, np.concatenate(scored).astype(np.float32))
+    write_array(out, np.concatenate(scored).astype(np.float32))

@@ -39,7 +39,14 @@ def generate(
     worst = max(int(prompt.max()) for prompt in prompts)
     if worst >= vocab or min(int(prompt.min()) for prompt in prompts) < 0:
         raise ConfigError(f"a prompt holds token ids outside of the model's vocabulary of {vocab} (largest {worst}).")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"the seed must be in [0, 2^32), got {seed}.")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if tokens < 1 or lengths.max() + tokens > model.config.max_positions:
+        raise ConfigError(
+            f"{tokens} tokens after a prompt of {lengths.max()} were asked for; the model holds at least 1 and at most "
+            f"{model.config.max_positions} in all."
+        )
     # Powers of two: a new prompt rarely means a new compilation.
     padded = np.zeros((len(prompts), 1 << int(lengths.max() - 1).bit_length()), np.int32)
     for row, prompt in enumerate(prompts):
@@ -81,6 +88,10 @@ def stream_text(
 
     A character whose bytes are spread over several tokens is held back until it is whole.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("the prompt is not valid UTF-8.") from error
     ids = tokenizer.encode(prompt)
     prompt_ids = np.concatenate([[tokenizer.bos_id], ids])
     stop = {model.config.eos_id, tokenizer.eos_id}
@@ -155,8 +166,16 @@ def generate_tokens(
     prompts = read_tokens(prompt_tokens)
     _, model = load(checkpoint)
     made = list(generate(model, list(prompts), tokens, sampling, seed=seed))
-    with open(out, "wb") as file:
-        np.save(file, np.stack(made, axis=1))
+    write_array(out, np.stack(made, axis=1))
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """A .npy file. Raises DataError where it cannot be written."""
+    try:
+        with open(path, "wb") as file:
+            np.save(file, values)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror}): choose another place.") from error
 
 
 def read_tokens(path: Path) -> np.ndarray:
@@ -165,6 +184,10 @@ def read_tokens(path: Path) -> np.ndarray:
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a NumPy array: {error}.") from error
+    if not isinstance(values, np.ndarray):
+        raise DataError(f"{path} must be a .npy file with one array of integers [B, T], got an archive of arrays.")
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer) or not values.size:
         raise DataError(f"{path} must hold integers [B, T], got {values.dtype} {list(values.shape)}.")
+    if values.max() > np.iinfo(np.int32).max or values.min() < 0:
+        raise DataError(f"{path} must hold token ids, got values from {values.min()} to {values.max()}.")
     return values.astype(np.int32)

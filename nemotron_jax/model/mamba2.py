@@ -159,6 +159,8 @@ class Mamba2(nnx.Module):
         y_BTHP, ssm_BHPN = self._scan(x_BTHP, dt_BTH, A, B_BTGN, C_BTGN, rows, ctx)
         new_state = None
         if state is not None and rows is not None:
+            if ctx.draft and ctx.slots is not None:
+                raise ValueError("drafting with Context.slots is not supported: take the rows of the state first.")
             if ctx.draft:
                 window = MambaWindow(conv_BTW, x_BTHP, B_BTGN, dt_BTH, dt_BTH * A)
                 new_state = MambaState(rows.conv_BKW, rows.ssm_BHPN, window)

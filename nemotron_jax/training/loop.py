@@ -19,11 +19,11 @@ from flax import nnx
 from jax import Array
 
 import pallas_kernels.dispatch
-from nemotron_jax.checkpoint.load import CHECKPOINTS, TOKENIZER_FILE, read_items, run_config
+from nemotron_jax.checkpoint.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, read_items, run_config
 from nemotron_jax.checkpoint.store import CheckpointStore
 from nemotron_jax.data.pipeline import TrainData, build, load_tokenizer
 from nemotron_jax.data.tokenizer import Tokenizer
-from nemotron_jax.errors import ConfigError
+from nemotron_jax.errors import ConfigError, DataError
 from nemotron_jax.model.counts import count_parameters, flops_per_token
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.parallel import mesh as meshes
@@ -134,7 +134,8 @@ class Run:
                 if step % self.config.train.validate_every == 0 or step == steps:
                     self._validate(step)
                 # Not in the middle of skipped steps: the last checkpoint should be a good one to go back to.
-                if step == steps or (step % self.config.checkpoint.every == 0 and not int(skipped)):
+                wanted = step % self.config.checkpoint.every == 0 or step == steps
+                if wanted and int(skipped) < (self.config.train.max_skipped_steps if step == steps else 1):
                     self._save(step)
                 timer = _Timer(timer.step, timer.start + time.perf_counter() - paused, timer.waited)
         if int(skipped) >= self.config.train.max_skipped_steps:
@@ -198,12 +199,6 @@ class Run:
 
     def _init_from(self, state: TrainState, abstract: TrainState, source: Path) -> TrainState:
         """Parameters and router biases of another run; step, optimizer and data position start anew."""
-        theirs, ours = (to_dict(config)["model"] for config in (run_config(source), self.config))
-        if differences := differing_keys(theirs, ours):
-            raise ConfigError(
-                f"checkpoint.init_from={source} holds another model; these keys differ (theirs -> ours):\n  "
-                + "\n  ".join(differences)
-            )
         items = read_items(source, {"params": abstract.params, "buffers": abstract.buffers}).items
         return TrainState(
             step=state.step,
@@ -313,8 +308,10 @@ def _open_data(config: RunConfig, workdir: Path) -> tuple[Tokenizer | None, Trai
     first_process = jax.process_index() == 0
     vocab = config.model.vocab_size
     tokenizer = load_tokenizer(config.data, cache, vocab_size=vocab, build=first_process)
-    if tokenizer is not None and first_process and not (workdir / TOKENIZER_FILE).exists():
-        tokenizer.save(workdir / TOKENIZER_FILE)
+    if tokenizer is not None and first_process:
+        _keep_tokenizer(tokenizer, workdir)
+    if config.checkpoint.init_from:
+        _check_source(config, tokenizer, Path(config.checkpoint.init_from))
     data = build(
         config.data,
         tokenizer,
@@ -326,6 +323,41 @@ def _open_data(config: RunConfig, workdir: Path) -> tuple[Tokenizer | None, Trai
         process_count=jax.process_count(),
     )
     return tokenizer, data
+
+
+def _keep_tokenizer(tokenizer: Tokenizer, workdir: Path) -> None:
+    """Leaves the run's tokenizer where evaluation finds it; another one that is there already is moved aside.
+
+    Raises:
+      DataError: the run in the directory was trained with another tokenizer.
+    """
+    file = workdir / TOKENIZER_FILE
+    if file.exists():
+        if Tokenizer.load(file).fingerprint == tokenizer.fingerprint:
+            return
+        if (workdir / CONFIG_FILE).exists():
+            raise DataError(
+                f"{file} is not the tokenizer that the data give now: the data or data.tokenizer have changed since "
+                "the run began. Put the old ones back, or start in a new --workdir."
+            )
+        file.replace(file.with_name(f"{TOKENIZER_FILE}.old"))
+    tokenizer.save(file)
+
+
+def _check_source(config: RunConfig, tokenizer: Tokenizer | None, source: Path) -> None:
+    """Raises ConfigError when the run to start from has another model or another tokenizer than this one."""
+    theirs, ours = (to_dict(one)["model"] for one in (run_config(source), config))
+    if differences := differing_keys(theirs, ours):
+        raise ConfigError(
+            f"checkpoint.init_from={source} holds another model; these keys differ (theirs -> ours):\n  "
+            + "\n  ".join(differences)
+        )
+    file = source / TOKENIZER_FILE
+    if tokenizer is not None and file.exists() and Tokenizer.load(file).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"checkpoint.init_from={source} was trained with another tokenizer: set data.tokenizer={file} to keep its "
+            "tokens' meaning."
+        )
 
 
 def _token_bytes(tokenizer: Tokenizer | None, vocab_size: int) -> Array:

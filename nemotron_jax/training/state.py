@@ -73,7 +73,7 @@ class TrainSetup:
     @cached_property
     def trained(self) -> Callable[[tuple[Any, ...], Any], bool]:
         """nnx filter: does this parameter get a gradient and optimizer state?"""
-        return trainable_filter(self.config.train.trainable, self._abstract[1])
+        return trainable_filter(self.config.train.trainable, *self._abstract[1:])
 
     def init_state(self) -> TrainState:
         """A new state, each leaf made on the devices that hold it: the model is never on one device as a whole."""
@@ -115,16 +115,17 @@ def split_params(params: nnx.State, trained: Callable[[tuple[Any, ...], Any], bo
     return wanted, rest
 
 
-def trainable_filter(rules: str, params: nnx.State) -> Callable[[tuple[Any, ...], Any], bool]:
+def trainable_filter(rules: str, params: nnx.State, buffers: nnx.State) -> Callable[[tuple[Any, ...], Any], bool]:
     """Path rules in order, the last that matches wins: ``-*,+mtp/*`` trains the MTP module alone.
 
     Each rule is ``+`` (train) or ``-`` (freeze) and a glob over paths such as ``layers/1/mixer/gate/weight``;
-    without rules everything is trained.
+    without rules everything is trained. The rules also say which router correction biases follow the load.
 
     Raises:
       ConfigError: a rule without its sign, one that matches no parameter, or nothing left to train.
     """
-    paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
+    trainable, paths = ({"/".join(map(str, path)) for path, _ in nnx.to_flat_state(tree)} for tree in (params, buffers))
+    paths |= trainable
     parsed: list[tuple[bool, str]] = []
     for rule in filter(None, (part.strip() for part in rules.split(","))):
         if rule[0] not in "+-":
@@ -138,6 +139,6 @@ def trainable_filter(rules: str, params: nnx.State) -> Callable[[tuple[Any, ...]
         decisions = [train for train, pattern in parsed if fnmatch.fnmatchcase(name, pattern)]
         return decisions[-1] if decisions else True
 
-    if not any(trained(tuple(path.split("/")), None) for path in paths):
+    if not any(trained(tuple(path.split("/")), None) for path in trainable):
         raise ConfigError(f"train.trainable: {rules!r} leaves no parameter to train.")
     return trained

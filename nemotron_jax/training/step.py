@@ -53,7 +53,7 @@ def _train_step(setup: TrainSetup, state: TrainState, batch: Batch) -> tuple[Tra
     updates, opt_state = setup.optimizer.update(grads, state.opt_state, trained)
     new_trained = jax.tree.map(lambda w, u: w - rate * u, trained, updates)
     counts = {name: value for name, value in metrics.items() if name.endswith("expert_counts")}
-    new_buffers = _update_router_biases(state.buffers["model"], counts, config.train.router_bias_rate)
+    new_buffers = _update_router_biases(setup, state.buffers["model"], counts)
 
     def if_finite(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -98,12 +98,13 @@ def _gradients(
     return sums
 
 
-def _update_router_biases(buffers: nnx.State, counts: Metrics, rate: float) -> nnx.State:
-    """``bias += rate * sign(mean count - count)`` for each MoE layer (Megatron-LM, moe_utils.py)."""
+def _update_router_biases(setup: TrainSetup, buffers: nnx.State, counts: Metrics) -> nnx.State:
+    """``bias += rate * sign(mean count - count)`` for each MoE layer that is trained (Megatron-LM, moe_utils.py)."""
     flat = []
     for path, variable in nnx.to_flat_state(buffers):
         layer = "/".join(map(str, path)).removesuffix("/mixer/gate/e_score_correction_bias")
         count = counts[f"{layer}/expert_counts"]
+        rate = setup.config.train.router_bias_rate if setup.trained(path, variable) else 0.0
         flat.append((path, variable.replace(variable.get_value() + rate * jnp.sign(count.mean() - count))))
     return nnx.from_flat_state(flat)
 

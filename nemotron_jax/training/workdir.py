@@ -38,6 +38,7 @@ def claim(workdir: Path, config: RunConfig, *, write: bool) -> Iterator[None]:
     if known:
         _compare(workdir, read_json(file, "the config of a training run"), values)
     existed = workdir.is_dir()
+    made_here = [name for name in (DATA_CACHE, TOKENIZER_FILE) if not (workdir / name).exists()]
     with writing(workdir):
         if write:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -47,8 +48,10 @@ def claim(workdir: Path, config: RunConfig, *, write: bool) -> Iterator[None]:
         yield
     except BaseException:
         if write and not known:
-            shutil.rmtree(workdir / DATA_CACHE, ignore_errors=True)
-            (workdir / TOKENIZER_FILE).unlink(missing_ok=True)
+            if DATA_CACHE in made_here:
+                shutil.rmtree(workdir / DATA_CACHE, ignore_errors=True)
+            if TOKENIZER_FILE in made_here:
+                (workdir / TOKENIZER_FILE).unlink(missing_ok=True)
             if not existed:
                 with contextlib.suppress(OSError):  # not empty: somebody else's files
                     workdir.rmdir()

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemotron_jax.errors import ConfigError
+from nemotron_jax.errors import ConfigError, DataError
 from nemotron_jax.inference import generate as generation
-from nemotron_jax.inference.generate import generate, stream_text
+from nemotron_jax.inference.generate import generate, read_tokens, stream_text, write_array
 from nemotron_jax.inference.sampling import Sampling, sample
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.precision.recipe import RECIPES
@@ -63,6 +63,25 @@ def test_a_seed_repeats_and_another_differs(model):
     made = [np.stack(list(generate(model, prompts, 12, Sampling(), seed=seed))) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(made[0], made[1])
     assert not np.array_equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("bad", [{"seed": -1}, {"seed": 2**32}, {"tokens": 0}, {"tokens": 10**8}])
+def test_bad_requests(model, bad):
+    request = {"tokens": 1, "sampling": Sampling(), "seed": 0} | bad
+    with pytest.raises(ConfigError):
+        next(generate(model, [np.array([3], np.int32)], **request))
+
+
+@pytest.mark.parametrize("values", [np.array([[2**32 + 5]]), np.array([[-1]]), np.array([[1.0]]), np.array([1])])
+def test_token_files_that_are_refused(values, tmp_path):
+    np.save(tmp_path / "t.npy", values)
+    with pytest.raises(DataError):
+        read_tokens(tmp_path / "t.npy")
+    np.savez(tmp_path / "t.npz", values)
+    with pytest.raises(DataError, match="archive"):
+        read_tokens(tmp_path / "t.npz")
+    with pytest.raises(DataError, match="cannot be written"):
+        write_array(tmp_path / "missing" / "t.npy", values)
 
 
 @pytest.mark.parametrize("prompts", [[], [np.array([], np.int32)], [np.array([64], np.int32)], [np.array([-1])]])

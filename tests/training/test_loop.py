@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import nemotron_jax
+from nemotron_jax.data.tokenizer import train_bpe
 from nemotron_jax.errors import CheckpointError, ConfigError, DataError
 from nemotron_jax.evaluation.likelihood import perplexity, score
 from nemotron_jax.inference.generate import generate_tokens, sample_text
@@ -214,6 +215,40 @@ def test_refused_data_leave_nothing_behind(config, tmp_path):
     with pytest.raises(DataError, match=r"bad\.jsonl"):
         pretrain(wrong, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_refused_data_delete_nothing_of_the_user(config, tmp_path):
+    """A project folder as workdir, with its own data/ and tokenizer.json: both stay when the run is refused."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/bad.jsonl").write_text("{")
+    (tmp_path / "tokenizer.json").write_text("mine")
+    wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, files=str(tmp_path / "data/bad.jsonl")))
+    with pytest.raises(DataError):
+        pretrain(wrong, tmp_path)
+    assert (tmp_path / "data/bad.jsonl").read_text() == "{"
+    assert (tmp_path / "tokenizer.json").read_text() == "mine"
+
+
+def test_a_tokenizer_left_by_another_attempt_is_not_used(finished, config, tmp_path):
+    """Killed during its set-up, another config left a tokenizer: it is moved aside, and the run's own is kept."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    train_bpe(["some other text " * 50], 280).save(workdir / "tokenizer.json")
+    short = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
+    assert pretrain(short, workdir) == DONE
+    assert (workdir / "tokenizer.json").read_bytes() == (finished / "tokenizer.json").read_bytes()
+    assert (workdir / "tokenizer.json.old").exists()
+
+
+def test_a_diverged_run_diverges_again(config, tmp_path):
+    """Started anew, it does not pass for finished."""
+    huge = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=3, max_skipped_steps=2),
+        optimizer=dataclasses.replace(config.optimizer, peak_lr=1e30, warmup_steps=0),
+    )
+    assert pretrain(huge, tmp_path / "run") == DIVERGED
+    assert pretrain(huge, tmp_path / "run") == DIVERGED
 
 
 def test_a_workdir_that_cannot_be_written(config, tmp_path):

@@ -191,6 +191,8 @@ def test_trainable_rules(batches):
         assert np.array_equal(a, b) == (not name.startswith("mtp/")), name
     moments = [name for name in named_leaves(state.opt_state) if "/mu/" in name]
     assert moments and all("/mtp/" in name for name in moments)
+    for name, bias in named_leaves(state.buffers["model"]).items():
+        assert (bias != 0).any() == name.startswith("mtp/"), name  # a frozen router keeps its choice of experts
 
 
 @pytest.mark.parametrize(
