@@ -3,19 +3,53 @@
 `OPS` lists, for each op, its implementations in order of preference. An implementation is a name and a support
 check: a function of no arguments that returns "" where the implementation runs, or the reason why it does not.
 ``impl=None`` takes the first that runs. To add one, write the function in the op's file, name it in that file's
-table, and put its name and check here, before the implementations that it beats.
+table, and put its name and check here, before the implementations that it beats. What depends on the operands
+(shapes, dtypes) is said by the op itself, as `unfit` reasons of `choose`.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 
 SupportCheck = Callable[[], str]
 
+_log = logging.getLogger(__name__)
+
+# The GPU that programs are compiled for where none is present ("sm_90a"), or None: the devices of this process.
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(target: str) -> Iterator[None]:
+    """Choose implementations for the GPU ``target`` ("sm_90a", "sm_100a"), whatever devices this process has."""
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
 
 def _anywhere() -> str:
     return ""
+
+
+@functools.cache
+def _local_target() -> str:
+    """The architecture of this process's first device ("sm_90a"), or "" when it is no GPU."""
+    if jax.default_backend() != "gpu":
+        return ""
+    return f"sm_{str(jax.devices()[0].compute_capability).replace('.', '')}a"
+
+
+def on_hopper() -> str:
+    """ "" when programs run on (or are compiled for) a GPU of compute capability 9.0, else the reason."""
+    target = _target.get() or _local_target()
+    return "" if target == "sm_90a" else "needs an NVIDIA GPU of compute capability 9.0"
 
 
 OPS: dict[str, dict[str, SupportCheck]] = {
@@ -29,26 +63,48 @@ OPS: dict[str, dict[str, SupportCheck]] = {
 }
 
 
-def choose(op: str, impl: str | None = None) -> str:
+def choose(op: str, impl: str | None = None, *, unfit: Mapping[str, str] | None = None) -> str:
     """Return the name of the implementation of `op` to run: `impl` if given, else the first that runs here.
 
-    Raises ValueError when `op` or `impl` is unknown, or when `impl` cannot run on this platform.
+    Args:
+      op: name of the operation, a key of `OPS`.
+      impl: the implementation asked for, or None.
+      unfit: implementations that cannot take these operands, with the reason ("" where they can).
+
+    Raises ValueError when `op` or `impl` is unknown, or when `impl` cannot run on this platform or these operands.
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; known ops: {', '.join(OPS)}")
     known = OPS[op]
+    unfit = unfit or {}
+
+    def reason(name: str) -> str:
+        platform = known[name]()
+        if platform:
+            return f"cannot run on {jax.default_backend()}: {platform}"
+        return f"cannot take these operands: {unfit[name]}" if unfit.get(name) else ""
+
     if impl is None:
-        return next(name for name, unsupported in known.items() if not unsupported())
+        chosen = next(name for name in known if not reason(name))
+        for name in known:
+            if name == chosen:
+                break
+            if not known[name]():  # a kernel for this GPU was passed over
+                _say_once(f"{op}: {chosen!r} runs in place of {name!r}, which {reason(name)}")
+        return chosen
     if impl not in known:
         raise ValueError(f"{op} has no implementation {impl!r}; known: {', '.join(known)} (impl=None picks one)")
-    reason = known[impl]()
-    if reason:
-        runnable = ", ".join(name for name, unsupported in known.items() if not unsupported())
+    if reason(impl):
+        runnable = ", ".join(name for name in known if not reason(name))
         raise ValueError(
-            f"{op}: implementation {impl!r} cannot run on {jax.default_backend()}: {reason}. "
-            f"Use impl=None, or one that runs here: {runnable}"
+            f"{op}: implementation {impl!r} {reason(impl)}. Use impl=None, or one that runs here: {runnable}"
         )
     return impl
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
 
 
 def describe() -> dict[str, str]:

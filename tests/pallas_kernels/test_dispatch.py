@@ -69,3 +69,19 @@ def test_unknown_names():
         pallas_kernels.grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2]), impl="triton")
     with pytest.raises(ValueError, match="unknown op 'conv'; known ops: ssd, causal_conv1d"):
         dispatch.choose("conv")
+
+
+def test_operands_that_do_not_fit_pass_over_an_implementation(monkeypatch, caplog):
+    monkeypatch.setitem(dispatch.OPS, "ssd", {"mosaic": dispatch.on_hopper, "reference": str})
+    unfit = {"mosaic": "head_dim must be 64, got 63"}
+    with dispatch.compiling_for("sm_90a"):
+        assert dispatch.choose("ssd") == dispatch.choose("ssd", unfit={"mosaic": ""}) == "mosaic"
+        assert not caplog.messages
+        assert dispatch.choose("ssd", unfit=unfit) == dispatch.choose("ssd", unfit=unfit) == "reference"
+        assert caplog.messages == [
+            "ssd: 'reference' runs in place of 'mosaic', which cannot take these operands: head_dim must be 64, got 63"
+        ]
+        with pytest.raises(ValueError, match="head_dim must be 64, got 63"):
+            dispatch.choose("ssd", "mosaic", unfit=unfit)
+    assert dispatch.choose("ssd", unfit=unfit) == "reference"  # not on a GPU: nothing was passed over
+    assert len(caplog.messages) == 1
