@@ -19,7 +19,6 @@ transformers 5 calls ``backbone`` ``model`` and stacks the experts; both are rea
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,9 +141,13 @@ def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{``layers/0/mixer/in_proj/z``: shape} of every parameter and buffer, without making any."""
     _, variables = nnx.split(abstract(config, RECIPES["float32"]))
     return {
-        "/".join(map(str, path)): tuple(variable.get_value().shape)
-        for path, variable in nnx.to_flat_state(variables)
+        "/".join(map(str, path)): tuple(variable.get_value().shape) for path, variable in nnx.to_flat_state(variables)
     }
+
+
+def item_name(path: str) -> str:
+    """Where a training checkpoint keeps one of our leaves."""
+    return f"buffers/model/{path}" if path.endswith(FLOAT32) else f"params/{path}"
 
 
 def canonical(name: str) -> str:
@@ -164,26 +167,25 @@ def to_ours(entry: Entry, array: np.ndarray) -> np.ndarray:
 
 def to_theirs(entry: Entry, array: np.ndarray) -> np.ndarray:
     """Values in our layout -> rows of the tensor on disk, contiguous."""
-    if entry.transposed:
-        return transposed(array)
-    return array[:, None] if len(entry.shape) == 3 else array
-
-
-def transposed(matrix: np.ndarray) -> np.ndarray:
-    """A contiguous transpose, five times as fast as numpy's: in strips that stay in the cache."""
-    result = np.empty(matrix.shape[::-1], matrix.dtype)
-    source, target = (_as_bits(array) for array in (matrix, result))
-    for first in range(0, matrix.shape[0], 64):
-        target[:, first : first + 64] = source[first : first + 64].T
+    if not entry.transposed:
+        return array[:, None] if len(entry.shape) == 3 else array
+    result = np.empty(array.shape[::-1], array.dtype)
+    copy_into(result, array.T)
     return result
 
 
-def _as_bits(array: np.ndarray) -> np.ndarray:
-    """The same memory as unsigned integers: numpy copies types it does not know one element at a time."""
-    return array.view(f"u{array.dtype.itemsize}")
+def copy_into(target: np.ndarray, source: np.ndarray) -> None:
+    """``target[...] = source``, for transposed matrices in strips that stay in the cache: five times as fast."""
+    if target.dtype != source.dtype or source.ndim != 2 or source.strides[1] <= source.strides[0]:
+        target[...] = source
+        return
+    bits = f"u{source.dtype.itemsize}"  # numpy copies types that it does not know one element at a time
+    source, target = source.view(bits), target.view(bits)
+    for first in range(0, source.shape[1], 64):
+        target[:, first : first + 64] = source[:, first : first + 64]
 
 
-def plan(table: Table, dtypes: Mapping[str, str] | None = None) -> list[Tensor]:
-    """What a BF16 checkpoint of the model holds; ``dtypes`` by name where they are others."""
-    dtypes = dtypes or {}
-    return [entry.tensor(dtypes.get(name, "BF16")) for name, entry in table.entries.items()]
+def plan(config: ModelConfig, format: str | None = None) -> list[Tensor]:
+    """The tensors of the Hugging Face checkpoint of a model: in BF16, or as ``--format`` writes it by default."""
+    table = Table(config)
+    return [entry.tensor() for entry in table.entries.values()]
