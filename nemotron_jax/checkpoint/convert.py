@@ -190,6 +190,7 @@ def _to_hf(source: Source, folder: Path, format: str | None, calibration: Calibr
     plain: dict[str, np.dtype] = {}  # what is written as it comes
     as_stored: list[str] = []  # what is copied
     schemes: dict[str, modelopt.Scheme] = {}  # what is quantised
+    measured: list[str] = []  # modules whose key/value scales come from the calibration
     tensors: list[Tensor] = []
     for entry in source.table.entries.values():
         scheme, before = scheme_of(entry, quant), kept.scheme(entry) if kept else None
@@ -201,12 +202,16 @@ def _to_hf(source: Source, folder: Path, format: str | None, calibration: Calibr
             schemes[entry.name] = scheme
         else:
             plain[entry.name] = DTYPES[wanted[0].dtype]
-            if kept is not None and len(wanted) > 1:  # scales of the key/value cache
-                wanted = wanted[:1] + [stored for tensor in wanted[1:] for stored in kept.tensors(tensor.name)]
-                as_stored += [tensor.name for tensor in wanted[1:]]
+        if scheme is None or scheme != before:
+            for tensor in [tensor for tensor in wanted if tensor.name == kv_scale_name(entry.module)]:
+                if kept is not None and kept.quant is not None:
+                    wanted = [other for other in wanted if other is not tensor] + kept.tensors(tensor.name)
+                    as_stored += [stored.name for stored in kept.tensors(tensor.name)]
+                else:
+                    measured.append(entry.module)
         tensors += wanted
-    if schemes:
-        calibration = _checked_calibration(calibration, schemes, str(format))
+    if schemes or measured:
+        calibration = _checked_calibration(calibration, schemes, measured, str(format))
     nbytes = sum(tensor.nbytes for tensor in tensors)
     _check_room(folder, nbytes)
     writer = ShardWriter(folder, tensors)
@@ -216,16 +221,15 @@ def _to_hf(source: Source, folder: Path, format: str | None, calibration: Calibr
                 offset = first * math.prod(entry.shape[1:])
                 writer.write(entry.name, rows.astype(plain[entry.name], copy=False), offset)
             else:
-                amax = calibration.inputs[entry.module] if calibration else None
+                amax = calibration.inputs.get(entry.module) if calibration else None
                 for suffix, array in modelopt.quantize(schemes[entry.name], rows, amax).items():
                     writer.write(f"{entry.module}.{suffix}", array)
         for name in as_stored:
             assert kept is not None
             _copy(kept, name, writer)
-        if kept is None and quant is not None and calibration is not None:
-            for module, amax in calibration.outputs.items():
-                if quant.kv_scales(module) and not module.startswith("mtp."):
-                    writer.write(kv_scale_name(module), kv_scale(amax))
+        for module in measured:
+            assert calibration is not None
+            writer.write(kv_scale_name(module), kv_scale(calibration.outputs[module]))
         writer.finish()
     finally:
         writer.close()
@@ -248,19 +252,18 @@ def _target(
 
 
 def _checked_calibration(
-    calibration: Calibration | None, schemes: Mapping[str, modelopt.Scheme], format: str
+    calibration: Calibration | None, schemes: Mapping[str, modelopt.Scheme], measured: list[str], format: str
 ) -> Calibration:
     modules = [name.removesuffix(".weight") for name, scheme in schemes.items() if scheme.has_input_scale]
     if calibration is None:
-        if modules:
+        if modules or measured:
             raise UserError(
                 f"--format={format} stores the range of each layer's inputs, which is measured on text: give "
                 "--calibration=FILE[,FILE...]."
             )
         return Calibration({}, {})
-    return Calibration(
-        fill_expert_scales({module: calibration.inputs.get(module) for module in modules}), calibration.outputs
-    )
+    inputs = fill_expert_scales({module: calibration.inputs.get(module) for module in modules})
+    return Calibration(inputs, {module: calibration.outputs[module] for module in measured})
 
 
 def _write_configs(
