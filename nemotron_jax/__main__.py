@@ -3,14 +3,17 @@
 python -m nemotron_jax params PRESET_OR_DIR [--seq=8192]
     parameters and training FLOPs a token, as JSON
 python -m nemotron_jax generate --checkpoint=DIR --prompt=TEXT [--tokens=N ...]
-    continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
+    answers a message or continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
 
-Each command takes --help. Exit codes: 0 done, 2 bad input.
+Each command takes --help. Exit codes: 0 done, 2 bad input, 130 interrupted, 141 the reader of its output has gone.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,10 +70,15 @@ def model_config(name: str) -> ModelConfig:
 
 
 def generate(argv: Sequence[str]) -> int:
-    """Streams the continuation of a text to stdout, or writes that of token ids to a file."""
+    """Streams what a model says to a prompt to stdout, or writes the continuation of token ids to a file."""
     parser = Parser("python -m nemotron_jax generate", "Samples from a checkpoint.")
-    parser.add_argument("--checkpoint", type=existing_path, metavar="DIR", help="the --workdir of a training run")
-    parser.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    directory = "the --workdir of a training run, or a Hugging Face directory"
+    parser.add_argument("--checkpoint", type=existing_path, metavar="DIR", help=directory)
+    message = "a message to the model where DIR has a chat template, else a text to continue"
+    parser.add_argument("--prompt", metavar="TEXT", help=message)
+    parser.add_argument("--system", metavar="TEXT", help="the system message of the chat")
+    parser.add_argument("--no-thinking", action="store_true", help="ask the chat for an answer without reasoning")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as text in spite of a chat template")
     parser.add_argument("--prompt-tokens", type=existing_path, metavar="IN.npy", help="token ids instead: [B, T]")
     parser.add_argument("--out", type=output_file, metavar="OUT.npy", help="int32 [B, N], with --prompt-tokens")
     positive = number(int, least=1, name="a positive number of tokens")
@@ -87,13 +95,20 @@ def generate(argv: Sequence[str]) -> int:
         raise UserError(f"--top-p must be in (0, 1], got {flags.top_p}.")
     if (flags.prompt is None) == (flags.prompt_tokens is None) or (flags.out is None) != (flags.prompt_tokens is None):
         raise UserError("generate needs either --prompt=TEXT, or --prompt-tokens=IN.npy and --out=OUT.npy.")
-    from nemotron_jax.inference.generate import generate_text, generate_tokens
-
+    if flags.prompt is None and (flags.system is not None or flags.no_thinking or flags.raw):
+        raise UserError("--system, --no-thinking and --raw go with --prompt=TEXT: token ids are continued as they are.")
     settings = {name: getattr(flags, name) for name in ("tokens", "temperature", "top_p", "top_k", "seed")}
     if flags.prompt is None:
+        from nemotron_jax.inference.generate import generate_tokens
+
         generate_tokens(flags.checkpoint, flags.prompt_tokens, flags.out, **settings)
         return 0
-    for piece in generate_text(flags.checkpoint, flags.prompt, **settings):
+    from nemotron_jax.inference.text import generate_text
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    chat = {"raw": flags.raw, "system": flags.system, "thinking": not flags.no_thinking}
+    for piece in generate_text(flags.checkpoint, flags.prompt, **chat, **settings):
         print(piece, end="", flush=True)
     print()
     return 0
@@ -103,10 +118,22 @@ COMMANDS = {"params": params, "generate": generate}
 
 
 def run(argv: Sequence[str]) -> int:
-    """Hands the arguments to the command that the first of them names; returns the exit code."""
+    """Hands the arguments to the command that the first of them names; returns the exit code.
+
+    Ctrl-C, and a pipe whose reader has gone (``| head``), end a command without a traceback, with the exit codes that
+    shells give to the signals.
+    """
     name, *rest = argv or [""]
     if name in COMMANDS:
-        return COMMANDS[name](rest)
+        try:
+            code = COMMANDS[name](rest)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end
+            return 141
+        return code
     if name in ("-h", "--help"):
         print(__doc__, end="")
         return 0
