@@ -41,9 +41,8 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise DataError(
-                f"{origin}: the chat template is not valid Jinja (line {error.lineno}): {error}."
-            ) from error
+            where = f"line {error.lineno}: {_one_line(error.message)}"
+            raise DataError(f"{origin}: the chat template is not valid Jinja, {where}") from error
 
     @classmethod
     def load(cls, directory: Path) -> ChatTemplate | None:

@@ -37,6 +37,16 @@ def test_special_tokens_have_their_places_and_never_come_from_text(tokenizer):
     assert tokenizer.token_bytes[len(SPECIAL_TOKENS) :].all()
 
 
+def test_special_tokens_of_chats(tokenizer):
+    ids = tokenizer.encode_chat("<|im_start|>user\nthe cat<|im_end|>")
+    assert ids.dtype == np.int32
+    assert (ids[0], ids[-1]) == (10, 11)
+    assert ids[1:-1].tolist() == tokenizer.encode("user\nthe cat").tolist()
+    assert min(tokenizer.encode("<|im_end|>")) >= len(SPECIAL_TOKENS)  # elsewhere they are still text
+    assert tokenizer.special_id("<|im_end|>") == 11
+    assert tokenizer.special_id("t") is None and tokenizer.special_id("<|no|>") is None
+
+
 def test_training_is_deterministic_and_learns():
     texts = unicode_texts() + ["the cat sat on the mat"] * 20
     first, second = train_bpe(texts, 400), train_bpe(iter(texts), 400)
