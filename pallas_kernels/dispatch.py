@@ -53,7 +53,7 @@ def on_hopper() -> str:
 
 
 OPS: dict[str, dict[str, SupportCheck]] = {
-    "ssd": {"reference": _anywhere},
+    "ssd": {"mosaic": on_hopper, "reference": _anywhere},
     "causal_conv1d": {"reference": _anywhere},
     "grouped_matmul": {"blocked": _anywhere, "reference": _anywhere},
     "attention": {"reference": _anywhere},
