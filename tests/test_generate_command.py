@@ -1,5 +1,6 @@
 """``python -m nemotron_jax generate``: from flags to streams; the generation itself is tests/inference/."""
 
+import os
 import subprocess
 import sys
 import types
@@ -69,10 +70,9 @@ cli.main(front.run)
 
 def test_a_reader_that_has_seen_enough():
     """generate | head: neither a traceback nor Python's complaint about a last flush."""
-    program = SAYS.format(pieces="itertools.repeat('word ')")
-    with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    command = [sys.executable, "-c", SAYS.format(pieces="itertools.repeat('word ')")]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, cwd=ROOT, env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.read(5) == b"word "
         process.stdout.close()
         assert process.stderr.read() == b""
