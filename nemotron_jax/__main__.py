@@ -4,6 +4,9 @@ python -m nemotron_jax params PRESET_OR_DIR [--seq=8192]
     parameters and training FLOPs a token, as JSON
 python -m nemotron_jax generate --checkpoint=DIR --prompt=TEXT [--tokens=N ...]
     answers a message or continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
+python -m nemotron_jax convert SRC DST [--format=bf16|fp8|nvfp4]
+    Hugging Face directory -> training workdir, and either of them -> Hugging Face directory (with --format from the
+    former); --dry-run PRESET_OR_DIR lists the tensors instead
 
 Each command takes --help. Exit codes: 0 done, 2 bad input, 130 interrupted, 141 the reader of its output has gone.
 """
@@ -72,8 +75,7 @@ def model_config(name: str) -> ModelConfig:
 def generate(argv: Sequence[str]) -> int:
     """Streams what a model says to a prompt to stdout, or writes the continuation of token ids to a file."""
     parser = Parser("python -m nemotron_jax generate", "Samples from a checkpoint.")
-    directory = "the --workdir of a training run, or a Hugging Face directory"
-    parser.add_argument("--checkpoint", type=existing_path, metavar="DIR", help=directory)
+    parser.add_argument("--checkpoint", type=existing_path, metavar="DIR", help="a training workdir or an HF directory")
     message = "a message to the model where DIR has a chat template, else a text to continue"
     parser.add_argument("--prompt", metavar="TEXT", help=message)
     parser.add_argument("--system", metavar="TEXT", help="the system message of the chat")
@@ -114,7 +116,42 @@ def generate(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"params": params, "generate": generate}
+def convert(argv: Sequence[str]) -> int:
+    """Writes a model in the other layout, or in another format; or lists the tensors of one: name, dtype, shape."""
+    parser = Parser("python -m nemotron_jax convert", "Converts checkpoints, holding one tensor at a time in memory.")
+    parser.add_argument("source", metavar="SRC", nargs="?", help="a training workdir or an HF directory")
+    parser.add_argument("target", metavar="DST", nargs="?", help="a directory that does not exist yet, or is empty")
+    parser.add_argument("--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}; default: as each tensor is")
+    parser.add_argument("--step", type=number(int, least=0, name="a step"), metavar="N", help="default: the last one")
+    parser.add_argument("--dry-run", metavar="PRESET_OR_DIR", help="list the tensors of its Hugging Face checkpoint")
+    flags = parser.parse_args(argv)
+    if flags.format not in (None, *FORMATS):
+        hint = did_you_mean(flags.format, FORMATS)
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {flags.format!r}.{hint}")
+    if flags.dry_run is not None:
+        if flags.source or flags.step is not None:
+            raise UserError("convert --dry-run=PRESET_OR_DIR takes no SRC, DST or --step.")
+        config = model_config(flags.dry_run)
+        from nemotron_jax.checkpoint.hf import plan
+
+        for tensor in plan(config, flags.format):
+            print(tensor.name, tensor.dtype, json.dumps(tensor.shape, separators=(",", ":")))
+        return 0
+    if not flags.source or not flags.target:
+        raise UserError("convert needs SRC and DST, or --dry-run=PRESET_OR_DIR.")
+    source, target = existing_path(flags.source), Path(flags.target).expanduser()
+    from nemotron_jax.checkpoint import convert as converting
+
+    done = converting.convert(source, target, format=flags.format, step=flags.step)
+    print(
+        f"wrote {done.tensors:,} tensors, {done.nbytes / 1e9:,.3f} GB, to {target} in {done.seconds:.1f} s "
+        f"({done.nbytes / done.seconds / 1e9:.2f} GB/s)"
+    )
+    return 0
+
+
+COMMANDS = {"params": params, "generate": generate, "convert": convert}
+FORMATS = ("bf16", "fp8", "nvfp4")
 
 
 def run(argv: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nemotron_jax.checkpoint.companions import GENERATION_CONFIG
 from nemotron_jax.checkpoint.load import TOKENIZER_FILE, load
 from nemotron_jax.checkpoint.store import read_json
 from nemotron_jax.config import ModelConfig
@@ -18,7 +19,6 @@ from nemotron_jax.inference.generate import generate
 from nemotron_jax.inference.sampling import Sampling
 from nemotron_jax.model.nemotron import Nemotron
 
-GENERATION_FILE = "generation_config.json"
 END_OF_TURN = "<|im_end|>"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers decode a part of a character to
 
@@ -105,7 +105,7 @@ def stop_ids(checkpoint: Path, tokenizer: Tokenizer, config: ModelConfig) -> fro
     Raises:
       CheckpointError: a generation_config.json that cannot be used.
     """
-    file = checkpoint / GENERATION_FILE
+    file = checkpoint / GENERATION_CONFIG
     value = read_json(file, "the settings of generation").get("eos_token_id") if file.exists() else None
     if value is None:
         turn = tokenizer.special_id(END_OF_TURN)
