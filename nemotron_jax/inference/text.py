@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_jax.checkpoint.companions import GENERATION_CONFIG
-from nemotron_jax.checkpoint.load import TOKENIZER_FILE, load
+from nemotron_jax.checkpoint.load import TOKENIZER_FILE, is_hf, load
 from nemotron_jax.checkpoint.store import read_json
 from nemotron_jax.config import ModelConfig
 from nemotron_jax.data.chat import ChatTemplate
@@ -171,9 +171,10 @@ def sample_text(model: Nemotron, tokenizer: Tokenizer) -> str:
 
 
 def load_tokenizer(checkpoint: Path) -> Tokenizer:
-    """The tokenizer in a directory. Raises CheckpointError where there is none."""
+    """The tokenizer in a training workdir or Hugging Face directory. Raises CheckpointError where there is none."""
     file = checkpoint / TOKENIZER_FILE
     if not file.exists():
+        is_hf(checkpoint)  # says so where it is neither
         raise CheckpointError(
             f"{checkpoint} holds no {TOKENIZER_FILE} (a run on .bin/.idx data has none): work with token ids instead."
         )

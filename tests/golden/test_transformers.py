@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import nemotron_jax
+from nemotron_jax.inference.generate import generate_tokens
 from nemotron_jax.model.context import Context
 
 FIXTURES = Path(__file__).parent / "hf"
@@ -79,3 +80,12 @@ def test_prefill_and_decode(fixture, name):
                 close(actual, cached[at])
                 compared += 1
     assert compared == sum(len(tokens) for tokens, _, _ in sequences) - lengths.sum()
+
+
+def test_generate_goes_on_as_transformers_would(fixture, tmp_path):
+    """The likeliest next token, from the directory to the file."""
+    tokens, expected, _ = fixture("super")[1][-1]
+    np.save(tmp_path / "in.npy", tokens[None])
+    greedy = {"tokens": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0}
+    generate_tokens(FIXTURES / "super", tmp_path / "in.npy", tmp_path / "out.npy", **greedy)
+    assert np.load(tmp_path / "out.npy").tolist() == [[expected[-1].argmax()]]

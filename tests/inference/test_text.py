@@ -175,7 +175,10 @@ def test_a_template_that_refuses(directory, said):
 
 def test_a_directory_without_a_tokenizer(directory, said):
     (directory / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"holds no config\.json: give the --workdir of a training run, or a Hug"):
+        generate_text(directory, "Hi", **SETTINGS)
+    (directory / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json .*: work with token ids instead"):
         generate_text(directory, "Hi", **SETTINGS)
 
 
