@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels import attention_cudnn
 from pallas_kernels.dispatch import choose, require_shape
 from pallas_kernels.segments import run_ids
 
@@ -64,6 +65,9 @@ def attention(
     require_shape("attention", "k", k, "[B, S, V, D]", (batch, None, None, head_dim))
     require_shape("attention", "v", v, "[B, S, V, D]", k.shape)
     _check_heads("attention", heads, k.shape[2])
+    unfit = attention_cudnn.unfit(
+        q, k, v, causal=causal, packed=segment_ids is not None, own_key_segments=kv_segment_ids is not None
+    )
     if segment_ids is not None:
         require_shape("attention", "segment_ids", segment_ids, "[B, T]", (batch, time))
         if kv_segment_ids is not None:
@@ -77,7 +81,7 @@ def attention(
             segment_ids = kv_segment_ids = run_ids(segment_ids)
     elif kv_segment_ids is not None:
         raise ValueError("attention: kv_segment_ids came without segment_ids; pass both")
-    implementation = _IMPLEMENTATIONS[choose("attention", impl)]
+    implementation = _IMPLEMENTATIONS[choose("attention", impl, unfit={"cudnn": unfit})]
     scale = head_dim**-0.5 if scale is None else scale
     return implementation(q, k, v, segment_ids, kv_segment_ids, causal=causal, scale=scale)
 
@@ -122,6 +126,10 @@ def attention_reference(
     inputs = (split(q_BTHD, 1), split(query_position, 0), None if segment_ids is None else split(segment_ids, 1))
     _, out = jax.lax.scan(jax.checkpoint(lambda _, block: (None, attend(*block))), None, inputs)
     return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * query_block, *q_BTHD.shape[2:])[:, :time]
+
+
+def _cudnn(q_BTHD, k_BSVD, v_BSVD, run, kv_run, *, causal, scale):
+    return attention_cudnn.attention(q_BTHD, k_BSVD, v_BSVD, run, scale=scale)
 
 
 def decode_attention(
@@ -219,7 +227,7 @@ def _check_heads(op, heads, kv_heads):
         raise ValueError(f"{op}: the query heads ({heads}) must be a multiple of the key/value heads ({kv_heads})")
 
 
-_IMPLEMENTATIONS = {"reference": attention_reference}
+_IMPLEMENTATIONS = {"cudnn": _cudnn, "reference": attention_reference}
 _IMPLEMENTATIONS_DECODE = {"reference": decode_attention_reference}
 
 
