@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels import attention_cudnn
+from pallas_kernels.cost import BF16, Cost
 from pallas_kernels.dispatch import choose, require_shape
 from pallas_kernels.segments import run_ids
 
@@ -243,6 +244,7 @@ class Case(NamedTuple):
     head_dim: int
     causal: bool = True
     packed: bool = False
+    border: float = 0.2  # of packed cases: how likely a token begins a document
 
 
 CASES = (
@@ -259,19 +261,48 @@ def example_inputs(
     case: Case, seed: int = 0, dtype: DTypeLike = jnp.float32
 ) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
     """Random (args, kwargs) of `attention` for a case; packed cases hold ids that come back."""
-    random = np.random.default_rng(seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), dtype)
+        return jax.random.normal(next(keys), shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
     q = normal(case.batch, case.time, case.heads, case.head_dim)
     k = normal(case.batch, case.keys, case.kv_heads, case.head_dim)
     v = normal(case.batch, case.keys, case.kv_heads, case.head_dim)
     kwargs: dict[str, Any] = {"causal": case.causal}
     if case.packed:
-        changed = random.random((case.batch, case.time)) < 0.2
-        kwargs["segment_ids"] = jnp.asarray(np.cumsum(changed, axis=1) % 2, jnp.int32)
+        kwargs["segment_ids"] = jnp.asarray(_runs(case, seed) % 2, jnp.int32)
     return (q, k, v), kwargs
+
+
+def _runs(case, seed):
+    """[B, T] document numbers of a packed case."""
+    return np.cumsum(np.random.default_rng(seed).random((case.batch, case.time)) < case.border, axis=1)
+
+
+# Nano and Super have the same heads. Packed: documents of 1,024 tokens on average.
+BENCHMARKS = (
+    Case("nano", 2, 8192, 8192, 32, 2, 128),
+    Case("nano_packed", 2, 8192, 8192, 32, 2, 128, packed=True, border=1 / 1024),
+    Case("nano_64k", 1, 65536, 65536, 32, 2, 128),
+    Case("ultra", 1, 8192, 8192, 64, 2, 128),
+    Case("nano-4b", 2, 8192, 8192, 40, 8, 128),
+)
+
+
+def cost(case: Case) -> Cost:
+    """Products of visible pairs only: two forward, five backward (the logits again), as FlashAttention counts."""
+    position = np.arange(case.time) + case.keys - case.time
+    first = np.zeros((case.batch, case.time), int)
+    if case.packed:
+        runs = _runs(case, 0)
+        first = np.stack([np.searchsorted(row, row) for row in runs])
+    last = position if case.causal else np.full(case.time, case.keys - 1)
+    pairs = float(np.clip(last - first + 1, 0, case.keys).sum())
+    product = 2 * pairs * case.heads * case.head_dim
+    q_or_out = BF16 * case.batch * case.time * case.heads * case.head_dim
+    k_or_v = BF16 * case.batch * case.keys * case.kv_heads * case.head_dim
+    return Cost(2 * product, 2 * q_or_out + 2 * k_or_v, 5 * product, 4 * q_or_out + 4 * k_or_v)
 
 
 class DecodeCase(NamedTuple):
@@ -298,19 +329,39 @@ DECODE_CASES = (
 def decode_example_inputs(
     case: DecodeCase, seed: int = 0, dtype: DTypeLike = jnp.float32
 ) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
-    """Random (args, kwargs) of `decode_attention` for a case, lengths from 0 to as long as the cache allows."""
+    """Random (args, kwargs) of `decode_attention` for a case, lengths from as long as the cache allows down to 0."""
     random = np.random.default_rng(seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), dtype)
+        return jax.random.normal(next(keys), shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
     pages = case.batch * case.pages_of_row
     q = normal(case.batch, case.time, case.heads, case.head_dim)
     k_cache = normal(pages, case.page_size, case.kv_heads, case.head_dim)
     v_cache = normal(pages, case.page_size, case.kv_heads, case.head_dim)
-    longest = case.pages_of_row * case.page_size - case.time
-    lengths = jnp.asarray(np.linspace(0, longest, case.batch), jnp.int32)
+    lengths = jnp.asarray(_lengths(case))
     kwargs: dict[str, Any] = {}
     if case.paged:
         kwargs["page_table"] = jnp.asarray(random.permutation(pages).reshape(case.batch, -1), jnp.int32)
     return (q, k_cache, v_cache, lengths), kwargs
+
+
+def _lengths(case):
+    return np.linspace(case.pages_of_row * case.page_size - case.time, 0, case.batch).astype(np.int32)
+
+
+# Nano's heads: a full batch, one long sequence, and pages as a serving engine keeps them.
+DECODE_BENCHMARKS = (
+    DecodeCase("nano_32x8k", 32, 1, 1, 8192, 32, 2, 128, paged=False),
+    DecodeCase("nano_1x128k", 1, 1, 1, 131072, 32, 2, 128, paged=False),
+    DecodeCase("nano_32x8k_paged", 32, 1, 128, 64, 32, 2, 128, paged=True),
+)
+
+
+def decode_cost(case: DecodeCase) -> Cost:
+    """Reads the filled part of the cache once; two products. Inference only: no backward pass."""
+    filled = float((_lengths(case) + case.time).sum())
+    product = 2 * filled * case.time * case.heads * case.head_dim
+    new = 2 * case.batch * case.time * case.heads * case.head_dim
+    return Cost(2 * product, BF16 * (new + 2 * filled * case.kv_heads * case.head_dim))

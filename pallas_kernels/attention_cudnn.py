@@ -109,7 +109,8 @@ def _whole_rows_forward(scale, q, k, v):
 
 
 def _whole_rows_backward(scale, residuals, dout):
-    return tuple(_backward(scale, *residuals, dout))
+    q, k, v, lse, out = residuals
+    return tuple(_backward(scale, q, k, v, lse, out, dout))
 
 
 _whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)

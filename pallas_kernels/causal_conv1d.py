@@ -23,6 +23,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels import causal_conv1d_mosaic
+from pallas_kernels.cost import BF16, Cost
 from pallas_kernels.dispatch import choose, require_shape
 from pallas_kernels.segments import run_ids
 
@@ -185,9 +186,10 @@ def example_inputs(
 ) -> tuple[tuple[jax.Array | None, ...], dict[str, Any]]:
     """Random (args, kwargs) of `causal_conv1d` for a case; packed cases hold one-token documents."""
     random = np.random.default_rng(seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), dtype)
+        return jax.random.normal(next(keys), shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
     x = normal(case.batch, case.time, case.channels)
     w = normal(case.channels, case.taps)
@@ -199,3 +201,20 @@ def example_inputs(
     if case.initial_state:
         kwargs["initial_state"] = normal(case.batch, case.taps - 1, case.channels)
     return (x, w, bias), kwargs
+
+
+# Channels of x, B and C in the released models.
+BENCHMARKS = (
+    Case("nano", 2, 8192, 6144),
+    Case("nano_packed", 2, 8192, 6144, packed=True),
+    Case("super", 2, 8192, 10240),
+    Case("ultra", 1, 8192, 18432),
+    Case("nano-4b", 2, 8192, 9728),
+)
+
+
+def cost(case: Case) -> Cost:
+    """Forward reads x and writes y; backward reads x and the gradient of y and writes that of x."""
+    elements = case.batch * case.time * case.channels
+    taps = 2 * case.taps * elements
+    return Cost(taps, 2 * BF16 * elements, 3 * taps, 3 * BF16 * elements)

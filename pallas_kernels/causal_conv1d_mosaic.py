@@ -60,8 +60,16 @@ def backward(
     if tail:  # zero cotangents add nothing
         x_BTC, dy_BTC = (jnp.pad(z, ((0, 0), (0, tail), (0, 0))) for z in (x_BTC, dy_BTC))
         run = None if run is None else jnp.pad(run, ((0, 0), (0, tail)), mode="edge")
-    kernel = _kernel((batch, time + tail, channels), taps, chunk, silu, bias is not None, state_BKC is not None,
-                     run is not None, interpret)
+    kernel = _kernel(
+        (batch, time + tail, channels),
+        taps,
+        chunk,
+        silu,
+        bias is not None,
+        state_BKC is not None,
+        run is not None,
+        interpret,
+    )
     operands = [x_BTC, dy_BTC.astype(x_BTC.dtype), w.astype(jnp.float32).T]
     operands += [] if bias is None else [bias.astype(jnp.float32)]
     operands += [] if state_BKC is None else [state_BKC.astype(jnp.float32)]
@@ -81,9 +89,8 @@ def _kernel(shape, taps, chunk, silu, has_bias, has_state, has_run, interpret):
 
     def body(x_g, dy_g, w_g, *rest):
         *optional, dx_g, sums_g, dstate_g = rest
-        bias_g = optional.pop(0) if has_bias else None
-        state_g = optional.pop(0) if has_state else None
-        run_g = optional.pop(0) if has_run else None
+        given = {"bias": has_bias, "state": has_state, "run": has_run}
+        refs = dict(zip((name for name in given if given[name]), optional, strict=True))
         b, n = lax.axis_index("b"), lax.axis_index("n")
         columns = pl.ds(lax.axis_index("c") * COLUMNS, COLUMNS)
         begin = n * chunk
@@ -97,14 +104,14 @@ def _kernel(shape, taps, chunk, silu, has_bias, has_state, has_run, interpret):
 
         zero = plgpu.layout_cast(jnp.zeros((COLUMNS,), float32), layout)
         w_K = [load(w_g.at[k, columns]) for k in range(taps)]
-        bias_C = load(bias_g.at[columns]) if has_bias else zero
+        bias_C = load(refs["bias"].at[columns]) if has_bias else zero
 
         def x_at(t):
             """Row t of x, or of the initial state where t < 0."""
             x_C = load(x_g.at[b, jnp.maximum(t, 0), columns])
             if not has_state:
                 return select(t >= 0, x_C, zero)
-            return select(t >= 0, x_C, load(state_g.at[b, jnp.minimum(t + before, before - 1), columns]))
+            return select(t >= 0, x_C, load(refs["state"].at[b, jnp.minimum(t + before, before - 1), columns]))
 
         def token(carry, x_first, dy_t, same):
             """Token t -> (dx_t, the carry of token t - 1).
@@ -134,7 +141,10 @@ def _kernel(shape, taps, chunk, silu, has_bias, has_state, has_run, interpret):
 
         def same_at(t):
             """Initial states are in run 0, as token 0 is."""
-            return [run_g[b, jnp.maximum(t - d, 0)] == run_g[b, t] for d in range(before, 0, -1)] if has_run else None
+            if not has_run:
+                return None
+            run_g = refs["run"]
+            return [run_g[b, jnp.maximum(t - d, 0)] == run_g[b, t] for d in range(before, 0, -1)]
 
         def store(t, dx_t):
             dx_g.at[b, t, columns][...] = dx_t.astype(dx_g.dtype)
@@ -162,6 +172,7 @@ def _kernel(shape, taps, chunk, silu, has_bias, has_state, has_run, interpret):
 
             if not has_run:
                 return together(carry)
+            run_g = refs["run"]
             one_document = run_g[b, jnp.maximum(first - before, 0)] == run_g[b, first + GROUP - 1]
             return lax.cond(one_document, together, one_by_one, carry)
 
@@ -178,7 +189,7 @@ def _kernel(shape, taps, chunk, silu, has_bias, has_state, has_run, interpret):
             sums_g.at[b, n, k, columns][...] = total
 
         @pl.when(n == 0)
-        def _():
+        def before_the_row():
             for i, dx_t in enumerate(dxs):
                 dstate_g.at[b, i, columns][...] = dx_t
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels.cost import BF16, FLOAT32, Cost
 from pallas_kernels.dispatch import choose, require_shape
 from pallas_kernels.segments import run_ids
 
@@ -268,15 +269,15 @@ def example_inputs(
     case: Case, seed: int = 0, dtype: DTypeLike = jnp.float32
 ) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
     """Random (args, kwargs) of `ssd` for a case; packed cases hold one-token documents and an id that returns."""
-    random = np.random.default_rng(seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), dtype)
+        return jax.random.normal(next(keys), shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
     batch, time, heads, groups = case.batch, case.time, case.heads, case.groups
     x = normal(batch, time, heads, case.head_dim)
-    dt = jnp.asarray(np.logaddexp(0, random.standard_normal((batch, time, heads))), dtype)  # softplus
-    A = jnp.asarray(-case.decay * np.exp(random.standard_normal(heads)), dtype)
+    dt = jax.nn.softplus(normal(batch, time, heads))
+    A = -case.decay * jnp.exp(normal(heads))
     B, C = normal(batch, time, groups, case.state_dim), normal(batch, time, groups, case.state_dim)
     kwargs: dict[str, Any] = {"D": normal(heads), "chunk_size": case.chunk_size}
     if case.packed:
@@ -287,3 +288,32 @@ def example_inputs(
     if case.initial_state:
         kwargs["initial_state"] = normal(batch, heads, case.head_dim, case.state_dim)
     return (x, dt, A, B, C), kwargs
+
+
+# The released models; a batch of Ultra is one row, since 256 heads of the reference do not fit otherwise.
+BENCHMARKS = (
+    Case("nano", 2, 8192, 64, 64, 8, 128, 128),
+    Case("nano_packed", 2, 8192, 64, 64, 8, 128, 128, packed=True),
+    Case("nano_64k", 1, 65536, 64, 64, 8, 128, 128, initial_state=True),
+    Case("super", 2, 8192, 128, 64, 8, 128, 128),
+    Case("ultra", 1, 8192, 256, 64, 8, 128, 128),
+    Case("nano-4b", 2, 8192, 96, 80, 8, 128, 256),
+)
+
+
+def cost(case: Case) -> Cost:
+    """C B^T, its product with u, the states and their reading; backward also C B^T and the states again.
+
+    dt is float32. Chunk states between the passes are not counted: a fused kernel need not store them.
+    """
+    tokens = case.batch * case.time
+    length = min(case.chunk_size, case.time)
+    inner, shared = case.heads * case.head_dim, case.groups * case.state_dim
+    scores, mixed, states = 2 * length * shared, 2 * length * inner, 2 * inner * case.state_dim
+    x_or_y, B_and_C, dt = BF16 * inner, 2 * BF16 * shared, FLOAT32 * case.heads
+    return Cost(
+        flops=tokens * (scores + mixed + 2 * states),
+        bytes=tokens * (2 * x_or_y + B_and_C + dt),
+        backward_flops=tokens * (3 * scores + 2 * mixed + 5 * states),
+        backward_bytes=tokens * (3 * x_or_y + 2 * B_and_C + 2 * dt),
+    )
