@@ -202,6 +202,6 @@ def _kernel(shape, taps, chunk, silu, has_bias, has_state, has_run, interpret):
         ],
         grid=(channels // COLUMNS, chunks, batch),
         grid_names=("c", "n", "b"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True, unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )
