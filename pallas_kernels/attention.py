@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels import attention_cudnn
+from pallas_kernels import attention_cudnn, decode_attention_mosaic
 from pallas_kernels.cost import BF16, Cost
 from pallas_kernels.dispatch import choose, require_shape
 from pallas_kernels.segments import run_ids
@@ -169,7 +169,8 @@ def decode_attention(
     if page_table is not None:
         require_shape("decode_attention", "page_table", page_table, "[B, pages of a row]", (batch, None))
     _check_heads("decode_attention", heads, k_cache.shape[2])
-    implementation = _IMPLEMENTATIONS_DECODE[choose("decode_attention", impl)]
+    unfit = decode_attention_mosaic.unfit(q, k_cache, v_cache, paged=page_table is not None)
+    implementation = _IMPLEMENTATIONS_DECODE[choose("decode_attention", impl, unfit={"mosaic": unfit})]
     scale = head_dim**-0.5 if scale is None else scale
     return implementation(q, k_cache, v_cache, lengths, page_table, scale=scale)
 
@@ -229,7 +230,7 @@ def _check_heads(op, heads, kv_heads):
 
 
 _IMPLEMENTATIONS = {"cudnn": _cudnn, "reference": attention_reference}
-_IMPLEMENTATIONS_DECODE = {"reference": decode_attention_reference}
+_IMPLEMENTATIONS_DECODE = {"mosaic": decode_attention_mosaic.decode_attention, "reference": decode_attention_reference}
 
 
 class Case(NamedTuple):

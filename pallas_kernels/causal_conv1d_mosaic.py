@@ -11,7 +11,6 @@ Shapes: B batch, T time, C channels, K taps, N chunks of time, S = K + 1 sums (d
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import LOG2_E, Interpret, kernel_call
+
 COLUMNS = 256  # channels of a warpgroup: two a thread
 CHUNK = 256  # tokens of a warpgroup; K - 1 of the next chunk are read again
 GROUP = 8  # rows loaded together: their latencies overlap
-
-LOG2_E = 1.4426950408889634
 
 
 def unfit(x_BTC: jax.Array, w: jax.Array) -> str:
@@ -47,7 +46,7 @@ def backward(
     *,
     silu: bool,
     chunk: int = CHUNK,
-    interpret: Any = None,
+    interpret: Interpret = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients (dx [B, T, C] in x's dtype, dw [C, K], dbias [C], dstate [B, K-1, C], all three float32).
 
@@ -193,8 +192,12 @@ def _kernel(shape, taps, chunk, silu, has_bias, has_state, has_run, interpret):
             for i, dx_t in enumerate(dxs):
                 dstate_g.at[b, i, columns][...] = dx_t
 
-    return plgpu.kernel(
+    return kernel_call(
         body,
+        warpgroups=1,
+        interpret=interpret,
+        approx_math=True,
+        auto_barriers=False,
         out_type=[
             jax.ShapeDtypeStruct(shape, jnp.bfloat16),
             jax.ShapeDtypeStruct((batch, chunks, taps + 1, channels), float32),
@@ -202,6 +205,4 @@ def _kernel(shape, taps, chunk, silu, has_bias, has_state, has_run, interpret):
         ],
         grid=(channels // COLUMNS, chunks, batch),
         grid_names=("c", "n", "b"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True, unsafe_no_auto_barriers=True),
-        **({} if interpret is None else {"interpret": interpret}),
     )

@@ -13,14 +13,14 @@ Shapes: B batch, T new tokens, H query heads, V key/value heads, R = H / V, X = 
 """
 
 import functools
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic import LOG2_E, ROW, WGMMA, Interpret, along_rows, kernel_call, load, tiles
 
 ROWS = 64  # of a wgmma tile
 BLOCK = 64  # tokens
@@ -60,7 +60,7 @@ def decode_attention(
     *,
     scale: float,
     splits: int | None = None,
-    interpret: Any = None,
+    interpret: Interpret = None,
 ) -> jax.Array:
     """As `attention.decode_attention`. splits: most spans of a row, None to choose; `interpret`: run it on the CPU."""
     batch, time, heads, head_dim = q_BTHD.shape
@@ -108,9 +108,7 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
     pieces = BLOCK // piece
     stored = time * shared
     float32, bfloat16, int32 = jnp.float32, jnp.bfloat16, jnp.int32
-    tile = (ROWS, HEAD_DIM)
-    layout = plgpu.Layout.WGMMA
-    log2_scale = scale * math.log2(math.e)
+    tile, square = (ROWS, HEAD_DIM), (ROWS, BLOCK)
 
     def body(q_g, k_g, v_g, lengths_g, *rest):
         *table_g, out_g, top_g, sum_g, ((q_s, p_s, k_s, v_s), o_s), full, q_full = rest
@@ -120,7 +118,7 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
         first = split * span
         last = jnp.minimum(first + span, (length + time + BLOCK - 1) // BLOCK)
 
-        def load(block, slot):
+        def fetch(block, slot):
             for i in range(pieces):
                 position = block * BLOCK + i * piece
                 if paged:
@@ -142,10 +140,7 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
             return pl.run_scoped(accumulate, plgpu.ACC(shape, float32))
 
         def iota(shape, axis):
-            return plgpu.broadcasted_iota(int32, shape, axis, layout=layout)
-
-        def by_row(z, shape):
-            return lax.broadcast_in_dim(z, shape, [0])
+            return plgpu.broadcasted_iota(int32, shape, axis, layout=WGMMA)
 
         def step(block, carry):
             out, top, total = carry
@@ -155,16 +150,16 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
 
             @pl.when(left < BLOCK)
             def unwritten():  # may hold anything, and 0 * NaN would spoil the sum
-                v = plgpu.load(v_s.at[slot], layout=layout, optimized=False)
+                v = load(v_s.at[slot], WGMMA)
                 v = jnp.where(iota((BLOCK, HEAD_DIM), 0) < left, v.astype(float32), 0.0)
                 v_s.at[slot][...] = v.astype(bfloat16)
                 plgpu.commit_smem()
 
-            logits = product((ROWS, BLOCK), q_s, k_s.at[slot].transpose((1, 0))) * log2_scale
-            seen = left - time + lax.div(iota(logits.shape, 0), jnp.full(logits.shape, shared, int32))
-            logits = jnp.where(iota(logits.shape, 1) <= seen, logits, MASKED)
+            logits = product(square, q_s, k_s.at[slot].transpose((1, 0))) * (scale * LOG2_E)
+            seen = left - time + lax.div(iota(square, 0), jnp.full(square, shared, int32))
+            logits = jnp.where(iota(square, 1) <= seen, logits, MASKED)
             new_top = jnp.maximum(top, logits.max(axis=1))
-            p = jnp.exp2(logits - by_row(new_top, logits.shape))
+            p = jnp.exp2(logits - along_rows(new_top, square))
             kept = jnp.exp2(top - new_top)
             total = total * kept + p.sum(axis=1)
             p = p.astype(bfloat16)
@@ -172,11 +167,11 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
                 p_s[...] = p
                 plgpu.commit_smem()
                 p = p_s
-            out = out * by_row(kept, tile) + product(tile, p, v_s.at[slot])
+            out = out * along_rows(kept, tile) + product(tile, p, v_s.at[slot])
 
             @pl.when(block + SLOTS < last)
             def refill():
-                load(block + SLOTS, slot)
+                fetch(block + SLOTS, slot)
 
             return out, new_top, total
 
@@ -184,13 +179,12 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
         def _():
             plgpu.copy_gmem_to_smem(q_g.at[b, head], q_s, q_full)
             for i in range(SLOTS):
-                pl.when(first + i < last)(functools.partial(load, first + i, i))
+                pl.when(first + i < last)(functools.partial(fetch, first + i, i))
             plgpu.barrier_wait(q_full)
-            rows = layout.reduce(1)
             start = (
-                plgpu.layout_cast(jnp.zeros(tile, float32), layout),
-                plgpu.layout_cast(jnp.full((ROWS,), MASKED, float32), rows),
-                plgpu.layout_cast(jnp.zeros((ROWS,), float32), rows),
+                plgpu.layout_cast(jnp.zeros(tile, float32), WGMMA),
+                plgpu.layout_cast(jnp.full((ROWS,), MASKED, float32), ROW),
+                plgpu.layout_cast(jnp.zeros((ROWS,), float32), ROW),
             )
             out, top, total = lax.fori_loop(first, last, step, start)
             top_g.at[b, head, split][...] = top
@@ -201,11 +195,17 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
             plgpu.wait_smem_to_gmem(0)
 
     partial = (batch, kv_heads, splits)
-    tiled = functools.partial(
-        plgpu.SMEM, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    )
-    return plgpu.kernel(
+    in_use = [
+        tiles(*tile),
+        tiles(*square) if interpret is not None else None,
+        tiles(SLOTS, BLOCK, HEAD_DIM),
+        tiles(SLOTS, BLOCK, HEAD_DIM),
+    ]
+    return kernel_call(
         body,
+        warpgroups=1,
+        interpret=interpret,
+        approx_math=True,
         out_type=[
             jax.ShapeDtypeStruct((*partial, stored, HEAD_DIM), float32),
             jax.ShapeDtypeStruct((*partial, ROWS), float32),
@@ -214,18 +214,8 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
         grid=(kv_heads, splits, batch),
         grid_names=("v", "n", "b"),
         scratch_types=[
-            plgpu.RefUnion(
-                [
-                    tiled(tile, bfloat16),
-                    tiled((ROWS, BLOCK), bfloat16) if interpret is not None else None,
-                    tiled((SLOTS, BLOCK, HEAD_DIM), bfloat16),
-                    tiled((SLOTS, BLOCK, HEAD_DIM), bfloat16),
-                ],
-                plgpu.SMEM(tile, float32),
-            ),
+            plgpu.RefUnion(in_use, plgpu.SMEM(tile, float32)),  # the result takes the place of its operands
             plgpu.Barrier(num_arrivals=2 * pieces, num_barriers=SLOTS),
             plgpu.Barrier(),
         ],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
     )
