@@ -27,8 +27,8 @@ _NO_BIAS = (False, False)  # neither a bias nor its gradient
 
 def unfit(
     q_BTHD: jax.Array,
-    k_BSVD: jax.Array,
-    v_BSVD: jax.Array,
+    k_BSVD: jax.Array | jax.ShapeDtypeStruct,
+    v_BSVD: jax.Array | jax.ShapeDtypeStruct,
     *,
     causal: bool,
     packed: bool,

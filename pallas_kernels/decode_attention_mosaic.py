@@ -1,8 +1,9 @@
 """`decode_attention` for Hopper (Pallas Mosaic GPU): a few new tokens a row against a long cache, split over the cache.
 
 Reading the cache once is all there is to it: 1 KiB a token of Nano (2 heads, keys and values, bfloat16) against a
-handful of products. The T * R queries that share a key/value head become the rows of one 64-row tile (the rest of the
-tile is zero), so each block of the cache is read once. A row's cache is cut into up to `splits` spans, one warpgroup
+handful of products. The T * R queries that share a key/value head become the rows of a 64-row tile (the rest of the
+tile is zero), so each block of the cache is read once; drafts of more tokens take up to TILES of them, side by side, so
+that the second reads what is in the L2 cache. A row's cache is cut into up to `splits` spans, one warpgroup
 each, enough of them to fill the GPU at batch 1; their partial results are merged by log-sum-exp in a fixed order, so
 that the result is the same in every run.
 
@@ -23,12 +24,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic import LOG2_E, ROW, WGMMA, Interpret, along_rows, kernel_call, load, tiles
 
 ROWS = 64  # of a wgmma tile
+TILES = 4
 BLOCK = 64  # tokens
 SLOTS = 3  # 32 KiB each, with the queries 112 KiB: two warpgroups fit in the 227 KiB of a multiprocessor
 HEAD_DIM = 128
 
 # Twice what runs at once (two on each of 132 multiprocessors), so that rows of different lengths even out.
 WARPGROUPS = 528
+MOST_SPLITS = 132  # at batch 1 one of each of two heads on every multiprocessor: more would only cost merging
 
 # Below every logit, and finite: a row that sees nothing in a span gets finite sums, which the merge weights by zero.
 MASKED = -1e30
@@ -43,9 +46,8 @@ def unfit(q_BTHD: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *, paged: b
     page_size, kv_heads = k_cache.shape[1:3]
     if head_dim != HEAD_DIM:
         return f"head_dim must be {HEAD_DIM}, got {head_dim}"
-    rows = time * heads // kv_heads
-    if rows > ROWS:
-        return f"at most {ROWS} new tokens times query heads of a key/value head, got {rows}"
+    if time * heads // kv_heads > TILES * ROWS:  # any prompt: a reason without its length is said once
+        return f"at most {TILES * ROWS} new tokens times query heads of a key/value head"
     if paged and page_size % BLOCK and (BLOCK % page_size or page_size % 8):
         return f"page_size must be 8, 16, 32 or a multiple of {BLOCK}, got {page_size}"
     return ""
@@ -70,11 +72,12 @@ def decode_attention(
     pages_of_row = 1 if page_table is None else page_table.shape[1]
     blocks = -(-k_cache.shape[1] * pages_of_row // BLOCK)
     if splits is None:
-        splits = min(max(1, WARPGROUPS // (batch * kv_heads)), 2 * WARPGROUPS // 8)
+        splits = min(max(1, WARPGROUPS // (batch * kv_heads)), MOST_SPLITS)
     splits = min(splits, blocks)
 
     q_BVXD = q_BTHD.reshape(batch, time, kv_heads, shared, head_dim).transpose(0, 2, 1, 3, 4)
-    q_BVXD = jnp.pad(q_BVXD.reshape(batch, kv_heads, rows, head_dim), ((0, 0), (0, 0), (0, ROWS - rows), (0, 0)))
+    q_BVXD = q_BVXD.reshape(batch, kv_heads, rows, head_dim)
+    q_BVXD = jnp.pad(q_BVXD, ((0, 0), (0, 0), (0, -rows % ROWS), (0, 0)))
     kernel = _kernel(
         (batch, time, kv_heads), k_cache.shape, pages_of_row, page_table is not None, splits, shared, scale, interpret
     )
@@ -106,13 +109,16 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
     page_size = cache_shape[1]
     piece = min(BLOCK, page_size) if paged else BLOCK  # tokens of one copy
     pieces = BLOCK // piece
-    stored = time * shared
+    rows = time * shared
+    row_tiles = -(-rows // ROWS)
+    stored = min(rows, ROWS)
     float32, bfloat16, int32 = jnp.float32, jnp.bfloat16, jnp.int32
     tile, square = (ROWS, HEAD_DIM), (ROWS, BLOCK)
 
     def body(q_g, k_g, v_g, lengths_g, *rest):
         *table_g, out_g, top_g, sum_g, ((q_s, p_s, k_s, v_s), o_s), full, q_full = rest
-        head, split, b = lax.axis_index("v"), lax.axis_index("n"), lax.axis_index("b")
+        x, head, split, b = (lax.axis_index(name) for name in "xvnb")
+        tile_rows = pl.ds(x * ROWS, ROWS)
         length = lengths_g[b]
         span, used = _used(length, time, splits)
         first = split * span
@@ -156,7 +162,7 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
                 plgpu.commit_smem()
 
             logits = product(square, q_s, k_s.at[slot].transpose((1, 0))) * (scale * LOG2_E)
-            seen = left - time + lax.div(iota(square, 0), jnp.full(square, shared, int32))
+            seen = left - time + lax.div(x * ROWS + iota(square, 0), jnp.full(square, shared, int32))
             logits = jnp.where(iota(square, 1) <= seen, logits, MASKED)
             new_top = jnp.maximum(top, logits.max(axis=1))
             p = jnp.exp2(logits - along_rows(new_top, square))
@@ -177,7 +183,7 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
 
         @pl.when(split < used)
         def _():
-            plgpu.copy_gmem_to_smem(q_g.at[b, head], q_s, q_full)
+            plgpu.copy_gmem_to_smem(q_g.at[b, head, tile_rows], q_s, q_full)
             for i in range(SLOTS):
                 pl.when(first + i < last)(functools.partial(fetch, first + i, i))
             plgpu.barrier_wait(q_full)
@@ -187,11 +193,11 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
                 plgpu.layout_cast(jnp.zeros((ROWS,), float32), ROW),
             )
             out, top, total = lax.fori_loop(first, last, step, start)
-            top_g.at[b, head, split][...] = top
-            sum_g.at[b, head, split][...] = total
+            top_g.at[b, head, split, tile_rows][...] = top
+            sum_g.at[b, head, split, tile_rows][...] = total
             o_s[...] = out
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_s.at[pl.ds(0, stored)], out_g.at[b, head, split])
+            plgpu.copy_smem_to_gmem(o_s.at[pl.ds(0, stored)], out_g.at[b, head, split, pl.ds(x * stored, stored)])
             plgpu.wait_smem_to_gmem(0)
 
     partial = (batch, kv_heads, splits)
@@ -207,12 +213,12 @@ def _kernel(sizes, cache_shape, pages_of_row, paged, splits, shared, scale, inte
         interpret=interpret,
         approx_math=True,
         out_type=[
-            jax.ShapeDtypeStruct((*partial, stored, HEAD_DIM), float32),
-            jax.ShapeDtypeStruct((*partial, ROWS), float32),
-            jax.ShapeDtypeStruct((*partial, ROWS), float32),
+            jax.ShapeDtypeStruct((*partial, row_tiles * stored, HEAD_DIM), float32),
+            jax.ShapeDtypeStruct((*partial, row_tiles * ROWS), float32),
+            jax.ShapeDtypeStruct((*partial, row_tiles * ROWS), float32),
         ],
-        grid=(kv_heads, splits, batch),
-        grid_names=("v", "n", "b"),
+        grid=(row_tiles, kv_heads, splits, batch),
+        grid_names=("x", "v", "n", "b"),
         scratch_types=[
             plgpu.RefUnion(in_use, plgpu.SMEM(tile, float32)),  # the result takes the place of its operands
             plgpu.Barrier(num_arrivals=2 * pieces, num_barriers=SLOTS),

@@ -57,7 +57,7 @@ OPS: dict[str, dict[str, SupportCheck]] = {
     "causal_conv1d": {"mosaic": on_hopper, "reference": _anywhere},
     "grouped_matmul": {"blocked": _anywhere, "reference": _anywhere},
     "attention": {"cudnn": on_hopper, "reference": _anywhere},
-    "decode_attention": {"mosaic": on_hopper, "reference": _anywhere},
+    "decode_attention": {"mosaic": on_hopper, "cudnn": on_hopper, "reference": _anywhere},
     "permute": {"reference": _anywhere},
     "unpermute": {"reference": _anywhere},
 }
