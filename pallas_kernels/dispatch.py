@@ -55,7 +55,7 @@ def on_hopper() -> str:
 OPS: dict[str, dict[str, SupportCheck]] = {
     "ssd": {"reference": _anywhere},
     "causal_conv1d": {"reference": _anywhere},
-    "grouped_matmul": {"blocked": _anywhere, "reference": _anywhere},
+    "grouped_matmul": {"mosaic": on_hopper, "blocked": _anywhere, "reference": _anywhere},
     "attention": {"reference": _anywhere},
     "decode_attention": {"reference": _anywhere},
     "permute": {"reference": _anywhere},
