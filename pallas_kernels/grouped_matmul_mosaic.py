@@ -284,7 +284,7 @@ def _multiply_tiles(ring, tiles, steps_of, work_of):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _my_rows(plan, row):
+def _my_blocks(plan, row):
     """First row of each block of 64 of a tile that this warpgroup computes."""
     return [row, row + 64] if plan.alternate else [row + 64 * lax.axis_index("warpgroup")]
 
@@ -309,82 +309,73 @@ def multiply_rows(
     column_tiles = pl.cdiv(outputs, columns * plan.cluster)
     input_steps = pl.cdiv(inputs, STEP)
 
-    def body(group, row, begin, end, count, lhs_hbm, rhs_hbm, out_hbm, lhs_smem, rhs_smem, full, free):
+    def body(*refs):
+        # The same bytes twice: swizzled for whole blocks, row by row for the rest. One pair for each warpgroup, so that
+        # the race detector sees what is whose.
+        shape = (slots, 64, 64)
+        union = plgpu.RefUnion(plgpu.SMEM(shape, lhs.dtype, transforms=_swizzled()), plgpu.SMEM(shape, lhs.dtype))
+        pl.run_scoped(functools.partial(work, *refs), union, union, collective_axes="warpgroup")
+
+    def work(group, row, begin, end, count, lhs_hbm, rhs_hbm, out_hbm, lhs_smem, rhs_smem, full, free, *buffers):
         warpgroup = lax.axis_index("warpgroup")
         ring = _Ring(plan, full, free)
         my_tiles, tile_of = _my_share(count[0] * column_tiles, plan)
 
-        def row_tile(i):
-            return lax.div(tile_of(i), jnp.int32(column_tiles))
-
-        def first_column(i):
-            return _my_column(lax.rem(tile_of(i), jnp.int32(column_tiles)), plan) * columns
+        def place(i):
+            """Row tile and first column of tile i."""
+            column = _my_column(lax.rem(tile_of(i), jnp.int32(column_tiles)), plan)
+            return lax.div(tile_of(i), jnp.int32(column_tiles)), column * columns
 
         def steps_of(i):
-            return jnp.where(group[row_tile(i)] < groups, input_steps, 0)
+            return jnp.where(group[place(i)[0]] < groups, input_steps, 0)
 
         def load_of(i):
-            tile = row_tile(i)
+            tile, column = place(i)
             row_slice = pl.ds(pl.multiple_of(row[tile], ALIGN), TILE_ROWS)
-            mine = jnp.minimum(group[tile], groups - 1)
-            column_slice = pl.ds(first_column(i), columns)
+            column_slice = pl.ds(column, columns)
+            weight = rhs_hbm.at[jnp.minimum(group[tile], groups - 1)]
 
             def load(k, slot, barrier):
                 k_slice = pl.ds(k * STEP, STEP)
-                weight = rhs_hbm.at[mine, column_slice, k_slice] if transposed else rhs_hbm.at[mine, k_slice, column_slice]
-                plgpu.copy_gmem_to_smem(
-                    lhs_hbm.at[row_slice, k_slice], lhs_smem.at[slot], barrier, **_shared_by_cluster(plan)
-                )
-                plgpu.copy_gmem_to_smem(weight, rhs_smem.at[slot], barrier)
+                left = lhs_hbm.at[row_slice, k_slice]
+                right = weight.at[column_slice, k_slice] if transposed else weight.at[k_slice, column_slice]
+                plgpu.copy_gmem_to_smem(left, lhs_smem.at[slot], barrier, **_shared_by_cluster(plan))
+                plgpu.copy_gmem_to_smem(right, rhs_smem.at[slot], barrier)
 
             return load
 
-        def work(store_smem, part_smem):
-            def work_of(i):
-                tile = row_tile(i)
-                first = _my_rows(plan, row[tile])
-                owned = [(jnp.clip(begin[tile] - r, 0, 64), jnp.clip(end[tile] - r, 0, 64)) for r in first]
+        def work_of(i):
+            tile, column = place(i)
+            blocks = _my_blocks(plan, row[tile])
+            owned = [(jnp.clip(begin[tile] - r, 0, 64), jnp.clip(end[tile] - r, 0, 64)) for r in blocks]
 
-                def multiply(acc, k, slot):
-                    left, right = lhs_smem.at[slot], rhs_smem.at[slot]
-                    if not plan.alternate:
-                        left = left.at[pl.ds(pl.multiple_of(64 * warpgroup, 64), 64)]
-                    plgpu.wgmma(acc, left, right.transpose((1, 0)) if transposed else right)
+            def multiply(acc, k, slot):
+                left, right = lhs_smem.at[slot], rhs_smem.at[slot]
+                if not plan.alternate:
+                    left = left.at[pl.ds(pl.multiple_of(64 * warpgroup, 64), 64)]
+                plgpu.wgmma(acc, left, right.transpose((1, 0)) if transposed else right)
 
-                def store(acc):
-                    if activation == "relu2":
-                        acc = jnp.square(jnp.maximum(acc, 0.0))
-                    blocks = [(b, c) for b in range(len(first)) for c in range(0, columns, 64)]
-                    for n, (b, c) in enumerate(blocks):
-                        low, high = owned[b]
-                        high = jnp.where(first_column(i) + c < outputs, high, low)
-                        plgpu.wait_smem_to_gmem(min(n, slots - 1), wait_read_only=True)
-                        _store_rows(
-                            acc[64 * b : 64 * (b + 1), c : c + 64].astype(out_hbm.dtype),
-                            low,
-                            high,
-                            store_smem.at[n % slots],
-                            part_smem.at[n % slots],
-                            out_hbm,
-                            first[b],
-                            pl.ds(first_column(i) + c, 64),
-                        )
-                        plgpu.commit_smem_to_gmem_group()
+            def store(acc):
+                if activation == "relu2":
+                    acc = jnp.square(jnp.maximum(acc, 0.0))
+                for w in (0, 1):
+                    pl.when(warpgroup == w)(functools.partial(store_into, *buffers[w], acc))
 
-                return sum(high - low for low, high in owned) > 0, multiply, store
+            def store_into(whole_smem, part_smem, acc):
+                for b, (low, high) in enumerate(owned):
+                    for c in range(0, columns, 64):
+                        buffer = _next_buffer(c, slots)
 
-            _multiply_tiles(ring, my_tiles, steps_of, work_of)
+                        @pl.when((high > low) & (column + c < outputs))
+                        def _(b=b, c=c, low=low, high=high, buffer=buffer):
+                            block = acc[64 * b : 64 * (b + 1), c : c + 64].astype(out_hbm.dtype)
+                            out = out_hbm.at[:, pl.ds(column + c, 64)]
+                            _store_rows(block, low, high, whole_smem.at[buffer], part_smem.at[buffer], out, blocks[b])
 
-        def multiplying(*buffers):
-            for w in (0, 1):  # buffers of their own, so that the race detector sees what is whose
-                pl.when(warpgroup == w)(lambda w=w: work(*buffers[w]))
+            return sum(high - low for low, high in owned) > 0, multiply, store
 
         pl.when(warpgroup == 2)(lambda: _fill(ring, my_tiles, steps_of, load_of))
-        # The same bytes twice: swizzled for whole blocks, row by row for the rest.
-        union = plgpu.RefUnion(
-            plgpu.SMEM((slots, 64, 64), lhs.dtype, transforms=_swizzled()), plgpu.SMEM((slots, 64, 64), lhs.dtype)
-        )
-        pl.run_scoped(multiplying, union, union, collective_axes="warpgroup")
+        pl.when(warpgroup < 2)(lambda: _multiply_tiles(ring, my_tiles, steps_of, work_of))
 
     scratch = [
         plgpu.SMEM((plan.stages, TILE_ROWS, STEP), lhs.dtype, transforms=_swizzled()),
@@ -399,19 +390,25 @@ def multiply_rows(
     return _launch(body, plan, out, scratch, *tiles[:5], lhs, rhs_EKN)
 
 
-def _store_rows(block, low, high, whole_smem, part_smem, out_hbm, row, column_slice):
-    """Start to store rows low .. high - 1 of `block` [64, 64] -> out[row + low : row + high, columns]."""
+def _next_buffer(column, slots):
+    """Wait until the buffer of a block [64, 64] may be written: they take turns along the columns of a tile."""
+    plgpu.wait_smem_to_gmem(0 if column == 0 else slots - 1, wait_read_only=True)
+    return column // 64 % slots
+
+
+def _store_rows(block, low, high, whole_smem, part_smem, out_hbm, row):
+    """Start to store rows low .. high - 1 of `block` [64, 64] -> out[row + low : row + high]."""
     owned = high - low
 
     @pl.when(owned == 64)
     def _():
         whole_smem[...] = block
         plgpu.commit_smem()
-        whole = pl.ds(pl.multiple_of(row, ALIGN), 64)
-        plgpu.copy_smem_to_gmem(whole_smem, out_hbm.at[whole, column_slice], commit_group=False)
+        plgpu.copy_smem_to_gmem(whole_smem, out_hbm.at[pl.ds(pl.multiple_of(row, ALIGN), 64)])
 
-    @pl.when((owned > 0) & (owned < 64))
+    @pl.when(owned < 64)
     def _():
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         part_smem[...] = block
         plgpu.commit_smem()
         for size in (32, 16, 8, 4, 2, 1):
@@ -419,8 +416,7 @@ def _store_rows(block, low, high, whole_smem, part_smem, out_hbm, row, column_sl
 
             @pl.when((owned & size) != 0)
             def _(size=size, at=at):
-                part = out_hbm.at[pl.ds(row + at, size), column_slice]
-                plgpu.copy_smem_to_gmem(part_smem.at[pl.ds(at, size)], part, commit_group=False)
+                plgpu.copy_smem_to_gmem(part_smem.at[pl.ds(at, size)], out_hbm.at[pl.ds(row + at, size)])
 
 
 def outer_products(lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan, dtype: Any) -> jax.Array:
@@ -475,7 +471,7 @@ def outer_products(lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan
         def work_of(i):
             group, row, column = place(i)
             begin, end, first = span(group)
-            rows = _my_rows(plan, row * TILE_ROWS)
+            rows = _my_blocks(plan, row * TILE_ROWS)
 
             def multiply(acc, k, slot):
                 low, high = begin - first - k * STEP, end - first - k * STEP
@@ -508,20 +504,17 @@ def outer_products(lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan
                 plgpu.wgmma(acc, left.transpose((1, 0)), right)
 
             def store(acc):
-                blocks = [(b, c) for b in range(len(rows)) for c in range(0, columns, 64)]
-                for n, (b, c) in enumerate(blocks):
-                    at = column * columns + c
-                    plgpu.wait_smem_to_gmem(min(n, slots - 1), wait_read_only=True)
+                for b, first_row in enumerate(rows):
+                    for c in range(0, columns, 64):
+                        at = column * columns + c
+                        buffer = _next_buffer(c, slots)
 
-                    @pl.when((rows[b] < inputs) & (at < outputs))
-                    def _(n=n, b=b, c=c, at=at):
-                        buffer = store_smem.at[warpgroup, n % slots]
-                        buffer[...] = acc[64 * b : 64 * (b + 1), c : c + 64].astype(dtype)
-                        plgpu.commit_smem()
-                        out = out_hbm.at[group, pl.ds(rows[b], 64), pl.ds(at, 64)]
-                        plgpu.copy_smem_to_gmem(buffer, out, commit_group=False)
-
-                    plgpu.commit_smem_to_gmem_group()  # one group a block, so that they can be counted
+                        @pl.when((first_row < inputs) & (at < outputs))
+                        def _(b=b, c=c, first_row=first_row, at=at, buffer=buffer):
+                            block = store_smem.at[warpgroup, buffer]
+                            block[...] = acc[64 * b : 64 * (b + 1), c : c + 64].astype(dtype)
+                            plgpu.commit_smem()
+                            plgpu.copy_smem_to_gmem(block, out_hbm.at[group, pl.ds(first_row, 64), pl.ds(at, 64)])
 
             # The two warpgroups meet where d_out is masked: there, neither may pass by.
             meets = first + steps_of(i) * STEP > starts[groups]
