@@ -44,9 +44,18 @@ def load(ref: Any, layout: Any) -> jax.Array:
 
 
 def kernel_call(
-    body: Callable[..., None], *, warpgroups: int, interpret: Interpret, approx_math: bool = False, **kwargs: Any
+    body: Callable[..., None],
+    *,
+    warpgroups: int,
+    interpret: Interpret,
+    approx_math: bool = False,
+    auto_barriers: bool = True,
+    **kwargs: Any,
 ) -> Callable[..., Any]:
-    """`plgpu.kernel` of `warpgroups` named "wg", with Warpgroup semantics; `kwargs` as there."""
+    """`plgpu.kernel` of `warpgroups` named "wg", with Warpgroup semantics; `kwargs` as there.
+
+    auto_barriers: a barrier of the warpgroup around each store; not needed where no memory is both read and written.
+    """
     if interpret is not None:
         kwargs["interpret"] = interpret
     return plgpu.kernel(
@@ -54,7 +63,9 @@ def kernel_call(
         num_threads=warpgroups,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=approx_math
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            approx_math=approx_math,
+            unsafe_no_auto_barriers=not auto_barriers,
         ),
         **kwargs,
     )
