@@ -122,7 +122,9 @@ def generate(argv: Sequence[str]) -> int:
 def convert(argv: Sequence[str]) -> int:
     """Writes a model in the other layout, or in another format; or lists the tensors of one: name, dtype, shape."""
     parser = Parser("python -m nemotron_jax convert", "Converts checkpoints, holding one tensor at a time in memory.")
-    parser.add_argument("source", metavar="SRC", nargs="?", help="a training workdir or an HF directory")
+    parser.add_argument(
+        "source", metavar="SRC", nargs="?", type=existing_path, help="a training workdir or an HF directory"
+    )
     parser.add_argument("target", metavar="DST", nargs="?", help="a directory that does not exist yet, or is empty")
     parser.add_argument("--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}; default: as each tensor is")
     parser.add_argument("--step", type=number(int, least=0, name="a step"), metavar="N", help="default: the last one")
@@ -142,10 +144,10 @@ def convert(argv: Sequence[str]) -> int:
         return 0
     if not flags.source or not flags.target:
         raise UserError("convert needs SRC and DST, or --dry-run=PRESET_OR_DIR.")
-    source, target = existing_path(flags.source), Path(flags.target).expanduser()
+    target = Path(flags.target).expanduser()
     from nemotron_jax.checkpoint import convert as converting
 
-    done = converting.convert(source, target, format=flags.format, step=flags.step)
+    done = converting.convert(flags.source, target, format=flags.format, step=flags.step)
     print(
         f"wrote {done.tensors:,} tensors, {done.nbytes / 1e9:,.3f} GB, to {target} in {done.seconds:.1f} s "
         f"({done.nbytes / done.seconds / 1e9:.2f} GB/s)"

@@ -15,21 +15,24 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from nemotron_jax.checkpoint import companions, modelopt
-from nemotron_jax.checkpoint.hf import Entry, Table, item_name
-from nemotron_jax.checkpoint.hf_directory import BLOCK_BYTES, HFDirectory
+from nemotron_jax.checkpoint.hf import Table, item_name, kv_scale_name, scheme_of, tensors_of
+from nemotron_jax.checkpoint.hf_directory import BLOCK_BYTES, QUANTIZED, HFDirectory
+from nemotron_jax.checkpoint.layer_map import default_layer_map
 from nemotron_jax.checkpoint.leaves import LeafWriter
 from nemotron_jax.checkpoint.load import CHECKPOINTS, CONFIG_FILE, is_hf, run_config
+from nemotron_jax.checkpoint.modelopt import fill_expert_scales
 from nemotron_jax.checkpoint.safetensors import DTYPES, ShardWriter, Tensor
-from nemotron_jax.checkpoint.workdir_source import QUANTIZED, WorkdirSource
+from nemotron_jax.checkpoint.workdir_source import WorkdirSource
 from nemotron_jax.config import ModelConfig
 from nemotron_jax.errors import CheckpointError, UserError
+from nemotron_jax.precision.modelopt import kv_scale
 from nemotron_jax.run_config import RunConfig, to_dict
 
 FORMATS = ("bf16", "fp8", "nvfp4")
@@ -47,7 +50,27 @@ class Written:
     seconds: float
 
 
-def convert(source: Path, target: Path, *, format: str | None = None, step: int | None = None) -> Written:
+@dataclass(frozen=True)
+class Calibration:
+    """Largest absolute values seen while a model read some text, by module as on disk (``backbone.layers.3.mixer...``).
+
+    Attributes:
+      inputs: of every projection and expert; experts that no token reached are missing.
+      outputs: of k_proj and v_proj.
+    """
+
+    inputs: Mapping[str, float]
+    outputs: Mapping[str, float]
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    format: str | None = None,
+    step: int | None = None,
+    calibration: Calibration | None = None,
+) -> Written:
     """Converts a model; see the top of the file for the directions.
 
     Args:
@@ -55,8 +78,10 @@ def convert(source: Path, target: Path, *, format: str | None = None, step: int 
       target: does not exist yet, or is empty.
       format: "bf16", "fp8", "nvfp4"; None: every tensor keeps its dtype.
       step: which checkpoint of a workdir; None: the newest.
+      calibration: what "fp8" and "nvfp4" take activation scales from.
 
     Raises:
+      UserError: a format that needs a calibration, and none was given.
       CheckpointError: the source is damaged (everything that is wrong with it), or the target cannot be written.
     """
     start = time.perf_counter()
@@ -66,7 +91,7 @@ def convert(source: Path, target: Path, *, format: str | None = None, step: int 
         if isinstance(opened, HFDirectory) and format is None:
             written = _to_workdir(opened, folder)
         else:
-            written = _to_hf(opened, folder, format)
+            written = _to_hf(opened, folder, format, calibration)
         opened.report.raise_if_any()
     return Written(*written, time.perf_counter() - start)
 
@@ -159,75 +184,103 @@ def _without_quantization(config: ModelConfig) -> ModelConfig:
 # To a Hugging Face directory
 
 
-def _to_hf(source: Source, folder: Path, format: str | None) -> tuple[int, int]:
+def _to_hf(source: Source, folder: Path, format: str | None, calibration: Calibration | None) -> tuple[int, int]:
     kept = source if isinstance(source, HFDirectory) else source.quantized
-    quant, dtype = _target(kept, format)
+    quant, dtype = _target(source.config, kept, format)
+    plain: dict[str, np.dtype] = {}  # what is written as it comes
+    as_stored: list[str] = []  # what is copied
+    schemes: dict[str, modelopt.Scheme] = {}  # what is quantised
+    measured: list[str] = []  # modules whose key/value scales come from the calibration
     tensors: list[Tensor] = []
-    as_stored: list[str] = []
     for entry in source.table.entries.values():
-        scheme = quant.scheme(entry.module) if quant and _is_matrix(entry) else None
-        before = kept.scheme(entry) if kept else None
-        if scheme is not None and before == scheme and kept is not None:
-            names = [f"{entry.module}.{suffix}" for suffix in kept.module(entry)]
-            as_stored += names
-            tensors += [Tensor(name, kept.stored[name].dtype, kept.stored[name].shape) for name in names]
+        scheme, before = scheme_of(entry, quant), kept.scheme(entry) if kept else None
+        wanted = tensors_of(entry, quant, dtype or (source.dtype(entry) if before is None else "F32"))
+        if kept is not None and scheme is not None and scheme == before:
+            wanted = [stored for tensor in wanted for stored in kept.tensors(tensor.name)]
+            as_stored += [tensor.name for tensor in wanted]
         elif scheme is not None:
-            raise UserError("quantisation is not wired yet")
+            schemes[entry.name] = scheme
         else:
-            tensors.append(entry.tensor(dtype or source.dtype(entry)))
-    done = {tensor.name for tensor in tensors}
-    for name, stored in kept.stored.items() if kept and quant else ():
-        if name not in done and name.endswith(("k_scale", "v_scale")):
-            as_stored.append(name)
-            tensors.append(Tensor(name, stored.dtype, stored.shape))
+            plain[entry.name] = DTYPES[wanted[0].dtype]
+        if scheme is None or scheme != before:
+            for tensor in [tensor for tensor in wanted if tensor.name == kv_scale_name(entry.module)]:
+                if kept is not None and kept.quant is not None:
+                    wanted = [other for other in wanted if other is not tensor] + kept.tensors(tensor.name)
+                    as_stored += [stored.name for stored in kept.tensors(tensor.name)]
+                else:
+                    measured.append(entry.module)
+        tensors += wanted
+    if schemes or measured:
+        calibration = _checked_calibration(calibration, schemes, measured, str(format))
     nbytes = sum(tensor.nbytes for tensor in tensors)
     _check_room(folder, nbytes)
     writer = ShardWriter(folder, tensors)
-    plain = {tensor.name: DTYPES[tensor.dtype] for tensor in tensors}
-    for name in as_stored:
-        del plain[name]
     try:
-        for entry, first, rows in source.weights(dict.fromkeys(plain, False)):
-            width = math.prod(entry.shape[1:])
-            writer.write(entry.name, rows.astype(plain[entry.name], copy=False), first * width)
+        for entry, first, rows in source.weights(dict.fromkeys(plain, False) | dict.fromkeys(schemes, True)):
+            if entry.name in plain:
+                offset = first * math.prod(entry.shape[1:])
+                writer.write(entry.name, rows.astype(plain[entry.name], copy=False), offset)
+            else:
+                amax = calibration.inputs.get(entry.module) if calibration else None
+                for suffix, array in modelopt.quantize(schemes[entry.name], rows, amax).items():
+                    writer.write(f"{entry.module}.{suffix}", array)
         for name in as_stored:
             assert kept is not None
             _copy(kept, name, writer)
+        for module in measured:
+            assert calibration is not None
+            writer.write(kv_scale_name(module), kv_scale(calibration.outputs[module]))
         writer.finish()
     finally:
         writer.close()
-    _write_configs(source, folder, quant, dtype)
+    _write_configs(source, folder, quant, dtype, kept)
     return len(tensors), nbytes
 
 
-def _target(kept: HFDirectory | None, format: str | None) -> tuple[modelopt.QuantConfig | None, str | None]:
+def _target(
+    config: ModelConfig, kept: HFDirectory | None, format: str | None
+) -> tuple[modelopt.QuantConfig | None, str | None]:
     """(how the target is quantised, dtype of the rest; None: as in the source)."""
     quant = kept.quant if kept else None
     if format is None:
         return quant, None
     if format == "bf16":
         return None, "BF16"
-    if quant is not None and (quant.algo == "FP8") == (format == "fp8"):
+    if quant is not None and (quant.algo == modelopt.FP8) == (format == "fp8"):
         return quant, None  # it has this format already
-    raise UserError("quantisation is not wired yet")
+    return default_layer_map(config, format), "BF16"
 
 
-def _is_matrix(entry: Entry) -> bool:
-    return len(entry.shape) == 2 and entry.name.endswith(".weight")
+def _checked_calibration(
+    calibration: Calibration | None, schemes: Mapping[str, modelopt.Scheme], measured: list[str], format: str
+) -> Calibration:
+    modules = [name.removesuffix(".weight") for name, scheme in schemes.items() if scheme.has_input_scale]
+    if calibration is None:
+        if modules or measured:
+            raise UserError(
+                f"--format={format} stores the range of each layer's inputs, which is measured on text: give "
+                "--calibration=FILE[,FILE...]."
+            )
+        return Calibration({}, {})
+    inputs = fill_expert_scales({module: calibration.inputs.get(module) for module in modules})
+    return Calibration(inputs, {module: calibration.outputs[module] for module in measured})
 
 
-def _write_configs(source: Source, folder: Path, quant: modelopt.QuantConfig | None, dtype: str | None) -> None:
+def _write_configs(
+    source: Source, folder: Path, quant: modelopt.QuantConfig | None, dtype: str | None, kept: HFDirectory | None
+) -> None:
     original = source.path / (CONFIG_FILE if isinstance(source, HFDirectory) else companions.HF_CONFIG)
     values = companions.hf_values(source.config, original)
-    if quant is None:
+    if quant is None or dtype is not None:
         values.pop("quantization_config", None)
-        widest = source.table.entries["backbone.embeddings.weight"]
         key = "torch_dtype" if "torch_dtype" in values else "dtype"
-        values[key] = _TORCH[dtype or source.dtype(widest)]
-    else:
-        at = source.path if isinstance(source, HFDirectory) else source.path / QUANTIZED
-        if (at / modelopt.HF_QUANT_CONFIG).exists():
-            shutil.copyfile(at / modelopt.HF_QUANT_CONFIG, folder / modelopt.HF_QUANT_CONFIG)
+        values[key] = _TORCH[dtype or source.dtype(source.table.entries["backbone.embeddings.weight"])]
+    if quant is not None and dtype is not None:
+        files = quant.to_json()
+        values["quantization_config"] = files["quantization_config"]
+        companions.write_json(folder / modelopt.HF_QUANT_CONFIG, files[modelopt.HF_QUANT_CONFIG])
+    elif quant is not None and kept is not None and (kept.path / modelopt.HF_QUANT_CONFIG).exists():
+        shutil.copyfile(kept.path / modelopt.HF_QUANT_CONFIG, folder / modelopt.HF_QUANT_CONFIG)
     companions.write_json(folder / CONFIG_FILE, values)
     companions.carry(source.path, folder)
     if not (folder / companions.GENERATION_CONFIG).exists():

@@ -24,7 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 from flax import nnx
 
-from nemotron_jax.checkpoint.safetensors import Tensor
+from nemotron_jax.checkpoint.layer_map import default_layer_map
+from nemotron_jax.checkpoint.modelopt import QuantConfig, Scheme
+from nemotron_jax.checkpoint.safetensors import NAMES, Tensor
 from nemotron_jax.config import ModelConfig
 from nemotron_jax.model.nemotron import abstract
 from nemotron_jax.precision.recipe import RECIPES
@@ -185,7 +187,37 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
         target[:, first : first + 64] = source[:, first : first + 64]
 
 
+def scheme_of(entry: Entry, quant: QuantConfig | None) -> Scheme | None:
+    """How the weight of an entry is quantised; None: not at all."""
+    if quant is None or len(entry.shape) != 2 or not entry.name.endswith(".weight"):
+        return None
+    return quant.scheme(entry.module)
+
+
+def tensors_of(entry: Entry, quant: QuantConfig | None, dtype: str) -> list[Tensor]:
+    """What a checkpoint holds of an entry; ``dtype``: where it is not quantised.
+
+    Raises:
+      CheckpointError: its shape does not suit the format.
+    """
+    scheme = scheme_of(entry, quant)
+    if scheme is None:
+        tensors = [entry.tensor(dtype)]
+    else:
+        suffixes = scheme.tensors(entry.module, entry.shape)
+        tensors = [Tensor(f"{entry.module}.{name}", NAMES[kind], shape) for name, (kind, shape) in suffixes.items()]
+    # ModelOpt leaves MTP alone, its cache included.
+    if quant is not None and quant.kv_scales(entry.module) and not entry.module.startswith("mtp."):
+        tensors.append(Tensor(kv_scale_name(entry.module), "F32", (1,)))
+    return tensors
+
+
+def kv_scale_name(module: str) -> str:
+    """``….k_proj.k_scale`` of ``….k_proj``."""
+    return f"{module}.{module[-len('k_proj')]}_scale"
+
+
 def plan(config: ModelConfig, format: str | None = None) -> list[Tensor]:
-    """The tensors of the Hugging Face checkpoint of a model: in BF16, or as ``--format`` writes it by default."""
-    table = Table(config)
-    return [entry.tensor() for entry in table.entries.values()]
+    """The tensors of the Hugging Face checkpoint of a model, in "bf16" or as ``--format`` quantises it by default."""
+    quant = None if format in (None, "bf16") else default_layer_map(config, str(format))
+    return [tensor for entry in Table(config).entries.values() for tensor in tensors_of(entry, quant, "BF16")]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_jax.checkpoint import modelopt
-from nemotron_jax.checkpoint.hf import STACKED, Entry, Table, canonical, copy_into, to_ours
+from nemotron_jax.checkpoint.hf import STACKED, Entry, Table, canonical, copy_into, kv_scale_name, scheme_of, to_ours
 from nemotron_jax.checkpoint.report import Report
 from nemotron_jax.checkpoint.safetensors import (
     DTYPES,
@@ -31,6 +31,7 @@ from nemotron_jax.errors import CheckpointError, ConfigError
 from nemotron_jax.hf_config import from_hf
 
 CONFIG_FILE = "config.json"
+QUANTIZED = "quantized"  # folder of a workdir: the quantised modules of the checkpoint that it was made from
 BLOCK_BYTES = 1 << 26  # of a tensor that are handled at a time
 FLOATS = ("BF16", "F16", "F32")
 _OPTIONAL = ("input_scale", "input_global_scale", "k_scale", "v_scale")
@@ -81,6 +82,9 @@ class HFDirectory:
         config = self._read_config()
         whole = self._read_files()
         if config is not None:
+            if config.mtp is None and any(name.startswith("mtp.") for name in self.stored):
+                # transformers writes 0 of them beside their list of blocks; what is there is kept.
+                config = from_hf({**self.values, "num_nextn_predict_layers": 1})
             self.config = config
             self.table = Table(config)
             self._compare(whole)
@@ -92,9 +96,7 @@ class HFDirectory:
 
     def scheme(self, entry: Entry) -> modelopt.Scheme | None:
         """How the weight of an entry is quantised."""
-        if self.quant is None or len(entry.shape) != 2 or not entry.name.endswith(".weight"):
-            return None
-        return self.quant.scheme(entry.module)
+        return scheme_of(entry, self.quant)
 
     def dtype(self, entry: Entry) -> str:
         """Of the values that ``rows`` gives: float32 of a quantised module."""
@@ -124,6 +126,11 @@ class HFDirectory:
         names = {suffix: f"{entry.module}.{suffix}" for suffix in scheme.tensors(entry.module, entry.shape)}
         return {suffix: self.stored[name] for suffix, name in names.items() if name in self.stored}
 
+    def tensors(self, name: str) -> list[Tensor]:
+        """[what the directory holds under a name], or nothing."""
+        stored = self.stored.get(name)
+        return [] if stored is None else [Tensor(name, stored.dtype, stored.shape)]
+
     def leaf(self, path: str, index: Sequence[slice]) -> np.ndarray:
         """A part of one of our leaves, in our layout: a new contiguous array of ``leaf_dtype``."""
         bounds = [slice(*part.indices(size)[:2]) for part, size in zip(index, self.table.shapes[path], strict=True)]
@@ -152,14 +159,13 @@ class HFDirectory:
             stored.release()
 
     def weights(self, whole: Mapping[str, bool]) -> Iterator[tuple[Entry, int, np.ndarray]]:
-        """(entry, first row, rows as on disk, dequantised) in the order of the table.
+        """(entry, first row, rows as on disk, dequantised) of what is wanted.
 
         Args:
-          whole: {name: must it come in one piece?} of what is wanted; else in blocks of BLOCK_BYTES.
+          whole: {name of an entry: must it come in one piece?}; else it comes in blocks of BLOCK_BYTES.
         """
-        for entry in self.table.entries.values():
-            if entry.name not in whole:
-                continue
+        for name in whole:
+            entry = self.table.entries[name]
             step = entry.shape[0] if whole[entry.name] else block_rows(entry, DTYPES[self.dtype(entry)])
             for first in range(0, entry.shape[0], step):
                 yield entry, first, self.rows(entry, first, min(first + step, entry.shape[0]))
@@ -262,7 +268,7 @@ class HFDirectory:
             for suffix, (dtype, shape) in tensors.items():
                 yield f"{entry.module}.{suffix}", (NAMES[dtype],), shape
             if self.quant is not None and self.quant.kv_scales(entry.module):
-                yield f"{entry.module}.{entry.module[-6]}_scale", ("F32",), ()
+                yield kv_scale_name(entry.module), ("F32",), ()
 
     def _compare(self, whole: bool) -> None:
         """Compares what the files hold with what config.json says."""
@@ -304,11 +310,8 @@ class HFDirectory:
         for layer, letter in found.items():
             stack, _, number = layer.split(".")
             pattern = patterns[stack]
-            said = (
-                f"a pattern of {len(pattern)} layers"
-                if int(number) >= len(pattern)
-                else BLOCK_LETTERS[pattern[int(number)]]
-            )
+            outside = int(number) >= len(pattern)
+            said = f"there are {len(pattern)} layers" if outside else BLOCK_LETTERS[pattern[int(number)]]
             what = BLOCK_LETTERS.get(letter, "another block")
             self.report.add(f"{layer}: the tensors are those of {what}, {CONFIG_FILE} says {said}.", "kind")
         return set(found)
@@ -316,10 +319,8 @@ class HFDirectory:
     def _scan(self) -> None:
         """Looks at all values that can be read, so that the report is complete."""
         for name, stored in self.stored.items():
-            for first in range(0, max(1, *stored.shape[:1]), 1 << 16):
-                self.report.check_finite(name, stored.rows(first, first + (1 << 16)))
-                if not stored.shape:
-                    break
+            for first in range(0, stored.shape[0] if stored.shape else 1, 1 << 14):
+                self.report.check_finite(name, stored.rows(first, first + (1 << 14)))
             stored.release()
 
 

@@ -8,6 +8,7 @@ in Zarr format inside of one OCDBT database a folder, under the names of the lea
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ class LeafReader:
         step = array.chunk_layout.read_chunk.shape[axis] if array.shape else 1
         self._sums[name] = 0
         for first in range(0, size, step):
-            part = (slice(None),) * axis + (slice(first, first + step),) if array.shape else ()
+            part = (slice(None),) * axis + (slice(first, min(first + step, size)),) if array.shape else ()
             try:
                 block = array[part].read().result()
             except ValueError as error:
@@ -99,10 +100,12 @@ class LeafWriter:
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[last] = jnp.zeros(1, jnp.uint8)
-        store = CheckpointStore(directory)
-        store.save(0, items, {})
-        store.wait()
-        store.close()
+        with contextlib.closing(CheckpointStore(directory)) as store:
+            try:
+                store.save(0, items, {})
+                store.wait()
+            except CheckpointError as error:  # its advice is for training
+                raise error.__cause__ or error from None
         self._specs: dict[str, Any] = {}
         self._arrays: dict[str, Any] = {}
         for item in items:
@@ -158,11 +161,10 @@ def _spec(directory: Path, keys: Sequence[str], metadata: Mapping[str, Any]) -> 
 
 
 def _step(directory: Path, step: int | None) -> Path:
-    store = CheckpointStore(directory)
-    try:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory.parent} holds no {directory.name}/: the run has not saved one yet.")
+    with contextlib.closing(CheckpointStore(directory)) as store:
         steps = store.steps()
-    finally:
-        store.close()
     if not steps:
         raise CheckpointError(f"{directory} holds no finished checkpoint yet.")
     if step is not None and step not in steps:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from nemotron_jax.checkpoint.hf_directory import HFDirectory
+from nemotron_jax.checkpoint.hf_directory import QUANTIZED, HFDirectory
 from nemotron_jax.checkpoint.store import CheckpointStore, Restored, named_leaves, read_json
 from nemotron_jax.config import ModelConfig
 from nemotron_jax.errors import CheckpointError
@@ -106,7 +106,7 @@ def read_weights(source: Path | HFDirectory, template: dict[str, Any], *, step: 
     """
     if isinstance(source, Path):
         if not is_hf(source):
-            return read_items(source, template, step=step).items
+            return _read_workdir(source, template, step)
         source = HFDirectory(source)
     if step is not None:
         raise CheckpointError(f"{source.path} is a Hugging Face directory and has no steps: leave step away.")
@@ -119,14 +119,30 @@ def read_weights(source: Path | HFDirectory, template: dict[str, Any], *, step: 
 
 
 def _from_hf(source: HFDirectory, template: Any) -> Any:
-    def leaf(name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
-            return source.leaf(name, index).astype(wanted.dtype, copy=False)
-
-        return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
-
-    leaves = [leaf(name, wanted) for name, wanted in named_leaves(template).items()]
+    leaves = [_leaf(source, name, wanted) for name, wanted in named_leaves(template).items()]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _leaf(source: HFDirectory, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """One leaf, each device's part read for that device alone."""
+
+    def part(index: Any) -> np.ndarray:
+        return source.leaf(name, index).astype(wanted.dtype, copy=False)
+
+    return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
+
+
+def _read_workdir(path: Path, template: dict[str, Any], step: int | None) -> dict[str, Any]:
+    if not (path / QUANTIZED).is_dir():
+        return read_items(path, template, step=step).items
+    source = HFDirectory(path / QUANTIZED, partial=True)
+    flat = named_leaves(template["params"])
+    aside = {name for name in flat if source.scheme(source.table.of_leaf[name][0]) is not None}
+    kept = {name: wanted for name, wanted in flat.items() if name not in aside}
+    items = read_items(path, {**template, "params": kept}, step=step).items
+    leaves = [items["params"][name] if name in kept else _leaf(source, name, flat[name]) for name in flat]
+    source.report.raise_if_any("Nothing was loaded.")
+    return {**items, "params": jax.tree.unflatten(jax.tree.structure(template["params"]), leaves)}
 
 
 def read_items(path: Path, template: dict[str, Any], *, step: int | None = None) -> Restored:

@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from nemotron_jax.checkpoint.hf import Entry, Table, item_name, to_theirs
-from nemotron_jax.checkpoint.hf_directory import HFDirectory
+from nemotron_jax.checkpoint.hf_directory import QUANTIZED, HFDirectory
 from nemotron_jax.checkpoint.leaves import LeafReader
 from nemotron_jax.checkpoint.report import Report
 from nemotron_jax.checkpoint.safetensors import DTYPES, NAMES
 from nemotron_jax.config import ModelConfig
-
-QUANTIZED = "quantized"  # folder of a workdir with the modules that were quantised in the checkpoint it was made from
 
 
 class WorkdirSource:
@@ -60,9 +58,15 @@ class WorkdirSource:
         return self._reader.arrays[item_name(leaf)].dtype.numpy_dtype
 
     def weights(self, whole: Mapping[str, bool]) -> Iterator[tuple[Entry, int, np.ndarray]]:
-        """As of HFDirectory; of what is not kept in ``quantized``."""
+        """As of HFDirectory."""
         for entry in self.table.entries.values():
-            if entry.name not in whole or entry.expert:  # the other experts of a stack come with the first
+            if entry.name not in whole:
+                continue
+            if self.is_quantized(entry):
+                assert self.quantized is not None
+                yield from self.quantized.weights({entry.name: whole[entry.name]})
+                continue
+            if entry.expert:  # the other experts of a stack come with the first
                 continue
             parts = self._stack(entry) if entry.expert == 0 else self._rows(entry, whole[entry.name])
             for part, first, rows in parts:
