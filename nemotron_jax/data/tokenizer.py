@@ -80,6 +80,17 @@ class Tokenizer:
         """One text -> int32 [tokens]."""
         return self.encode_batch([text])[0]
 
+    @property
+    def opening_ids(self) -> list[int]:
+        """What the tokenizer puts in front of a text itself (its post-processor in tokenizer.json): the dense Nemotron-H
+        tokenizers put ``<s>``, those of the mixtures of experts nothing (llama.cpp, conversion of NemotronH). One
+        without a post-processor does not say: the opening token.
+        """
+        if self._tokenizer.post_processor is None:
+            return [self.bos_id]
+        encoding = self._tokenizer.encode("x", add_special_tokens=True)
+        return encoding.ids[: encoding.special_tokens_mask.index(0)]
+
     def encode_chat(self, text: str) -> np.ndarray:
         """The text of a chat template -> int32 [tokens]; here the names of special tokens are those tokens."""
         return np.asarray(self._chat_tokenizer.encode(text, add_special_tokens=False).ids, np.int32)

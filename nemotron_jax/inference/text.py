@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +60,10 @@ def generate_text(
         if system is not None or not thinking:
             name = "--no-thinking" if system is None else "--system"
             reason = "--raw continues the prompt as plain text" if raw else f"{checkpoint} has no chat template"
-            raise ConfigError(f"{name} is for chats, but {reason}: leave one of them out.")
-        ids = text_prompt(tokenizer, prompt)
+            raise ConfigError(f"{name} is for chats, but {reason}: leave {name} out.")
+        # Every document of a training run began with <s>; who made a Hugging Face directory left it to the tokenizer.
+        opening = tokenizer.opening_ids if is_hf(checkpoint) else [tokenizer.bos_id]
+        ids = text_prompt(tokenizer, prompt, opening)
     else:
         ids = chat_prompt(tokenizer, template, prompt, system=system, thinking=thinking)
     config, model = load(checkpoint)
@@ -69,9 +71,9 @@ def generate_text(
     return stream_text(model, tokenizer, ids, tokens, sampling, stop=stop, seed=seed)
 
 
-def text_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """int32 [tokens]: ``<s>``, as every document of the training began, and the text."""
-    return np.concatenate([[tokenizer.bos_id], tokenizer.encode(text)]).astype(np.int32)
+def text_prompt(tokenizer: Tokenizer, text: str, opening: Sequence[int]) -> np.ndarray:
+    """int32 [tokens]: the opening ids and the text."""
+    return np.concatenate([opening, tokenizer.encode(text)]).astype(np.int32)
 
 
 def chat_prompt(
@@ -164,7 +166,7 @@ def sample_text(model: Nemotron, tokenizer: Tokenizer) -> str:
     stop = {model.config.eos_id, tokenizer.eos_id}
     parts = []
     for seed, prompt in enumerate(SAMPLE_PROMPTS):
-        ids = text_prompt(tokenizer, prompt)
+        ids = text_prompt(tokenizer, prompt, [tokenizer.bos_id])
         text = "".join(stream_text(model, tokenizer, ids, 100, sampling, stop=stop, seed=seed))
         parts.append(f"--- prompt: {prompt!r}\n{prompt}{text}\n")
     return "\n".join(parts)

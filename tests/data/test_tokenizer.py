@@ -5,7 +5,7 @@ import unicodedata
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from nemotron_jax.data.tokenizer import BYTES, SPECIAL_TOKENS, Tokenizer, train_bpe
 from nemotron_jax.errors import DataError
@@ -45,6 +45,17 @@ def test_special_tokens_of_chats(tokenizer):
     assert min(tokenizer.encode("<|im_end|>")) >= len(SPECIAL_TOKENS)  # elsewhere they are still text
     assert tokenizer.special_id("<|im_end|>") == 11
     assert tokenizer.special_id("t") is None and tokenizer.special_id("<|no|>") is None
+
+
+def test_what_a_tokenizer_opens_a_text_with(tokenizer):
+    assert tokenizer.opening_ids == [1]  # it does not say
+    made = hf_tokenizer({"x": 0, "y": 1}, ["<s>", "</s>"])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> </s> $A </s>", special_tokens=[(name, made.token_to_id(name)) for name in ("<s>", "</s>")]
+    )
+    assert Tokenizer(made).opening_ids == [2, 3]
+    made.post_processor = processors.ByteLevel()
+    assert Tokenizer(made).opening_ids == []
 
 
 def test_training_is_deterministic_and_learns():

@@ -41,6 +41,7 @@ def directory(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     shutil.copy(TEMPLATE, tmp_path / "chat_template.jinja")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 11]}')
+    (tmp_path / "config.json").write_text('{"model_type": "nemotron_h"}')
     return tmp_path
 
 
@@ -145,6 +146,18 @@ def test_text_is_continued_after_the_opening_token(directory, tokenizer, said, r
     assert 11 not in said.prompt
 
 
+@pytest.mark.parametrize(("config", "opening"), [({"model_type": "nemotron_h"}, []), ({"model": {}}, [1])])
+def test_a_tokenizer_may_want_no_opening_token(directory, tokenizer, said, config, opening):
+    """A Hugging Face directory does as its tokenizer says; training runs open every document."""
+    values = json.loads((directory / "tokenizer.json").read_text())
+    values["post_processor"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    (directory / "tokenizer.json").write_text(json.dumps(values))
+    (directory / "config.json").write_text(json.dumps(config))
+    said.tokens = [2]
+    list(generate_text(directory, "Hi", **SETTINGS | {"raw": True}))
+    assert said.prompt == [*opening, *tokenizer.encode("Hi")]
+
+
 @pytest.mark.parametrize(
     ("settings", "template", "message"),
     [
@@ -175,10 +188,10 @@ def test_a_template_that_refuses(directory, said):
 
 def test_a_directory_without_a_tokenizer(directory, said):
     (directory / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no config\.json: give the --workdir of a training run, or a Hug"):
-        generate_text(directory, "Hi", **SETTINGS)
-    (directory / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json .*: work with token ids instead"):
+        generate_text(directory, "Hi", **SETTINGS)
+    (directory / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no config\.json: give the --workdir of a training run, or a Hug"):
         generate_text(directory, "Hi", **SETTINGS)
 
 

@@ -15,9 +15,10 @@ and after the borders of Mamba chunks: ``tokens_<i>`` [T], ``logprobs_<i>`` [T, 
 Patched in transformers 5.23.0: ``NemotronHMamba2Mixer.time_step_limit``, from (time_step_min, inf) to (0, inf).
 Its modeling_nemotron_h.py clamps dt from below in the chunked scan; neither its own one-token path (so that a pass
 with a cache differs from one without), nor its own config (time_step_limit is (0, inf) there), nor Megatron-LM, which
-trained the models, nor vLLM do. The script prints what the clamp costs. The other error reported for this file
-(transformers issue 47246: states passed between chunks along the wrong axis) is not in 5.23.0: the passes with and
-without a cache, which cut the chunks differently, agree, and the script refuses to write fixtures where they do not.
+trained the models, nor vLLM do (transformers pull request 48989). The script prints what the clamp costs. The other
+error reported for this file (issue 47246, versions 5.6 to 5.13: states passed between chunks along the wrong axis) is
+not in 5.23.0: the passes with and without a cache, which cut the chunks differently, agree, and the script refuses to
+write fixtures where they do not.
 """
 
 import argparse
