@@ -82,9 +82,10 @@ class Tokenizer:
 
     @property
     def opening_ids(self) -> list[int]:
-        """What the tokenizer puts in front of a text itself (its post-processor in tokenizer.json): the dense Nemotron-H
-        tokenizers put ``<s>``, those of the mixtures of experts nothing (llama.cpp, conversion of NemotronH). One
-        without a post-processor does not say: the opening token.
+        """What the tokenizer itself puts in front of a text, by its post-processor in tokenizer.json.
+
+        Of the Nemotron-H tokenizers the dense models' put ``<s>`` there, those of the mixtures of experts nothing (so
+        llama.cpp's conversion of NemotronH). One without a post-processor does not say: the opening token.
         """
         if self._tokenizer.post_processor is None:
             return [self.bos_id]
