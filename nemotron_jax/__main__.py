@@ -3,25 +3,31 @@
 python -m nemotron_jax params PRESET_OR_DIR [--seq=8192]
     parameters and training FLOPs a token, as JSON
 python -m nemotron_jax generate --checkpoint=DIR --prompt=TEXT [--tokens=N ...]
-    continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
+    answers a message or continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
 python -m nemotron_jax convert SRC DST [--format=bf16|fp8|nvfp4]
     Hugging Face directory -> training workdir, and either of them -> Hugging Face directory (with --format from the
     former); --dry-run PRESET_OR_DIR lists the tensors instead
+python -m nemotron_jax bench train|prefill|decode --preset=NAME [--pattern=LETTERS --batch=B --seq=T --mesh=fsdp=8 ...]
+    speed and memory with random weights, as JSON
 
-Each command takes --help. Exit codes: 0 done, 2 bad input.
+Each command takes --help. Exit codes: 0 done, 2 bad input, 130 interrupted, 141 the reader of its output has gone.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemotron_jax.cli import Parser, existing_path, main, number, output_file
+from nemotron_jax.cli import Parser, existing_path, main, mesh_axes, number, one_of, output_file, target
 from nemotron_jax.config import PRESETS, ModelConfig
 from nemotron_jax.errors import ConfigError, UserError, did_you_mean
 from nemotron_jax.hf_config import from_hf
-from nemotron_jax.run_config import from_dict
+from nemotron_jax.run_config import ParallelConfig, from_dict
 
 # JAX is imported inside the commands, after their flags: it takes seconds.
 
@@ -70,10 +76,14 @@ def model_config(name: str) -> ModelConfig:
 
 
 def generate(argv: Sequence[str]) -> int:
-    """Streams the continuation of a text to stdout, or writes that of token ids to a file."""
+    """Streams what a model says to a prompt to stdout, or writes the continuation of token ids to a file."""
     parser = Parser("python -m nemotron_jax generate", "Samples from a checkpoint.")
     parser.add_argument("--checkpoint", type=existing_path, metavar="DIR", help="a training workdir or an HF directory")
-    parser.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    message = "a message to the model where DIR has a chat template, else a text to continue"
+    parser.add_argument("--prompt", metavar="TEXT", help=message)
+    parser.add_argument("--system", metavar="TEXT", help="the system message of the chat")
+    parser.add_argument("--no-thinking", action="store_true", help="ask the chat for an answer without reasoning")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as text in spite of a chat template")
     parser.add_argument("--prompt-tokens", type=existing_path, metavar="IN.npy", help="token ids instead: [B, T]")
     parser.add_argument("--out", type=output_file, metavar="OUT.npy", help="int32 [B, N], with --prompt-tokens")
     positive = number(int, least=1, name="a positive number of tokens")
@@ -90,13 +100,20 @@ def generate(argv: Sequence[str]) -> int:
         raise UserError(f"--top-p must be in (0, 1], got {flags.top_p}.")
     if (flags.prompt is None) == (flags.prompt_tokens is None) or (flags.out is None) != (flags.prompt_tokens is None):
         raise UserError("generate needs either --prompt=TEXT, or --prompt-tokens=IN.npy and --out=OUT.npy.")
-    from nemotron_jax.inference.generate import generate_text, generate_tokens
-
+    if flags.prompt is None and (flags.system is not None or flags.no_thinking or flags.raw):
+        raise UserError("--system, --no-thinking and --raw go with --prompt=TEXT: token ids are continued as they are.")
     settings = {name: getattr(flags, name) for name in ("tokens", "temperature", "top_p", "top_k", "seed")}
     if flags.prompt is None:
+        from nemotron_jax.inference.generate import generate_tokens
+
         generate_tokens(flags.checkpoint, flags.prompt_tokens, flags.out, **settings)
         return 0
-    for piece in generate_text(flags.checkpoint, flags.prompt, **settings):
+    from nemotron_jax.inference.text import generate_text
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    chat = {"raw": flags.raw, "system": flags.system, "thinking": not flags.no_thinking}
+    for piece in generate_text(flags.checkpoint, flags.prompt, **chat, **settings):
         print(piece, end="", flush=True)
     print()
     return 0
@@ -138,15 +155,68 @@ def convert(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"params": params, "generate": generate, "convert": convert}
+def bench(argv: Sequence[str]) -> int:
+    """Prints one JSON object: what was measured, compile seconds, memory, step time, tokens/s, FLOP/s and MFU."""
+    parser = Parser("python -m nemotron_jax bench", "Speed and memory with random weights and tokens.")
+    kinds = ("train", "prefill", "decode")
+    parser.add_argument("what", choices=kinds, metavar="|".join(kinds), help="the step to measure")
+    parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}, or a directory with a config.json")
+    parser.add_argument("--pattern", metavar="LETTERS", help="other layers, such as MEMEM*EME")
+    positive = number(int, least=1, name="a positive whole number")
+    parser.add_argument("--batch", type=positive, default=1, help="rows, of all devices together (default: 1)")
+    parser.add_argument(
+        "--seq", type=positive, default=8192, help="tokens of a row; decode: before the new one (default: 8192)"
+    )
+    parser.add_argument("--precision", default="auto", metavar="RECIPE", help="as config.precision.recipe")
+    parser.add_argument("--mesh", type=mesh_axes, default={}, metavar="AXIS=N,...", help="such as fsdp=4,expert=2")
+    parser.add_argument("--steps", type=positive, default=20, help="timed steps (default: 20)")
+    parser.add_argument("--remat", type=one_of("none", "full"), default="none", help="train: as config.train.remat")
+    parser.add_argument("--documents", type=positive, default=1, help="train: packed in each row (default: 1)")
+    parser.add_argument(
+        "--optimizer",
+        action="store_true",
+        help="train: the whole step of train.py, AdamW on float32 weights, not loss and gradients in bfloat16 alone",
+    )
+    parser.add_argument(
+        "--compile-for", type=target, default=("", 1), metavar="GPU[:N]", help="only compile, for h200 or b200"
+    )
+    flags = parser.parse_args(argv)
+    parser.require(flags, "preset", what="bench")
+    model = model_config(flags.preset)
+    if flags.pattern is not None:
+        model = dataclasses.replace(model, pattern=flags.pattern)
+    from nemotron_jax.bench import Workload, run
+
+    settings = {name: getattr(flags, name) for name in ("batch", "seq", "precision", "remat", "optimizer", "documents")}
+    name, count = flags.compile_for
+    work = Workload(
+        model, **settings, steps=flags.steps, parallel=ParallelConfig(**flags.mesh), target=name, target_devices=count
+    )
+    print(json.dumps(run(flags.what, work)))
+    return 0
+
+
+COMMANDS = {"params": params, "generate": generate, "convert": convert, "bench": bench}
 FORMATS = ("bf16", "fp8", "nvfp4")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Hands the arguments to the command that the first of them names; returns the exit code."""
+    """Hands the arguments to the command that the first of them names; returns the exit code.
+
+    Ctrl-C, and a pipe whose reader has gone (``| head``), end a command without a traceback, with the exit codes that
+    shells give to the signals.
+    """
     name, *rest = argv or [""]
     if name in COMMANDS:
-        return COMMANDS[name](rest)
+        try:
+            code = COMMANDS[name](rest)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end
+            return 141
+        return code
     if name in ("-h", "--help"):
         print(__doc__, end="")
         return 0
