@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels import grouped_matmul_mosaic
 from pallas_kernels.cost import BF16, Cost
 from pallas_kernels.dispatch import choose, require_shape
 
@@ -52,8 +53,17 @@ def grouped_matmul(
     require_shape("grouped_matmul", "group_sizes", group_sizes, "[E]", (rhs.shape[0],))
     if activation not in ACTIVATIONS:
         raise ValueError(f"grouped_matmul: activation must be 'relu2' or None, got {activation!r}")
-    product = _IMPLEMENTATIONS[choose("grouped_matmul", impl)](lhs, rhs, group_sizes.astype(jnp.int32))
-    return ACTIVATIONS[activation](product).astype(lhs.dtype)
+    chosen = choose("grouped_matmul", impl, unfit={"mosaic": grouped_matmul_mosaic.unfit(lhs, rhs)})
+    return _IMPLEMENTATIONS[chosen](lhs, rhs, group_sizes.astype(jnp.int32), activation)
+
+
+def _activated(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """An implementation from a product in the accumulation dtype."""
+
+    def implementation(lhs, rhs, group_sizes, activation):
+        return ACTIVATIONS[activation](product(lhs, rhs, group_sizes)).astype(lhs.dtype)
+
+    return implementation
 
 
 def grouped_matmul_reference(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -157,8 +167,9 @@ def _outer_products(lhs, d_out, group_sizes):
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "blocked": grouped_matmul_blocked,
-    "reference": grouped_matmul_reference,
+    "mosaic": grouped_matmul_mosaic.grouped_matmul_mosaic,
+    "blocked": _activated(grouped_matmul_blocked),
+    "reference": _activated(grouped_matmul_reference),
 }
 
 

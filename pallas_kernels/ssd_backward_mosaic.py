@@ -13,7 +13,8 @@ and the gradients of dt A need, per token and head, only sums that are in regist
 
     x . (dx - D dY),   dY . x,   v = x . (w B dS1),   q = C . dC - B . dB + v,   kappa = exp2(cum_last) <dS1, S0>
 
-In q the diagonal of K cancels, because both dots are taken of the same rounded K.
+The diagonal of K, dt_l (x_l . dY_l), decays by nothing: it would cancel in q, and under strong decay what is left
+would be rounding errors. So K in shared memory is without it, and dB and dC get it after their dots are taken.
 
 Warpgroup w owns rows s of block w for dx and dB, rows l of block w for dC, and rows n of block w for dS. The block
 below the diagonal is skipped. dB and dC leave per head and are summed over the heads of a group outside.
@@ -132,7 +133,8 @@ def ssd_backward(
                         seen &= not_before(1, 0)
                     exponent = along_columns(load(cum_s.at[half[i]], COL), BLOCK) - along_rows(cumd_r, BLOCK)
                     Mt = jnp.where(seen, jnp.exp2(exponent), 0.0)
-                    K_s.at[w + i][...] = (dGt * Mt).astype(jnp.bfloat16)
+                    K = dGt * Mt
+                    K_s.at[w + i][...] = (jnp.where(not_before(0, 1), 0.0, K) if i == w else K).astype(jnp.bfloat16)
                     Gt = out_s.at[w, i - w]  # free until dB is written there
                     Gt[...] = (CBt * Mt).astype(jnp.bfloat16)
                     inside.append((Gt, dy_s.at[half[i]]))
@@ -148,7 +150,9 @@ def ssd_backward(
                 v_gmem.at[b, h, tokens][...] = v
                 dx += dx_state
                 x_dx_gmem.at[b, h, tokens][...] = (x * dx).sum(axis=1)
-                y_x_gmem.at[b, h, tokens][...] = (x * dy).sum(axis=1)
+                y_x = (x * dy).sum(axis=1)
+                y_x_gmem.at[b, h, tokens][...] = y_x
+                diagonal = y_x * jnp.exp2(load(cum_s.at[mine], ROW) - cumd_r)
                 dx_s.at[mine][...] = (dx + D_gmem[h] * dy).astype(jnp.bfloat16)
 
                 def dB_half(n, q):
@@ -157,8 +161,10 @@ def ssd_backward(
                         [(x_s.at[mine], transposed(dS_s.at[n]))],
                     )
                     dB += dB_state * along_rows(weight, BLOCK)
+                    q -= (dB * tile(B_s.at[n, mine])).sum(axis=1)
+                    dB += tile(C_s.at[n, mine]) * along_rows(diagonal, BLOCK)
                     out_s.at[w, n][...] = dB.astype(jnp.bfloat16)
-                    return q - (dB * tile(B_s.at[n, mine])).sum(axis=1)
+                    return q
 
                 q = lax.fori_loop(0, 2, dB_half, v)  # a loop, not unrolled: fewer live registers
                 plgpu.commit_smem()
@@ -179,8 +185,10 @@ def ssd_backward(
                         [(dy_s.at[mine], transposed(state_s.at[n]))],
                     )
                     dC += dC_state * along_rows(e, BLOCK)
+                    q += (dC * tile(C_s.at[n, mine])).sum(axis=1)
+                    dC += tile(B_s.at[n, mine]) * along_rows(diagonal, BLOCK)
                     out_s.at[w, n][...] = dC.astype(jnp.bfloat16)
-                    return q + (dC * tile(C_s.at[n, mine])).sum(axis=1)
+                    return q
 
                 q = lax.fori_loop(0, 2, dC_half, q)
                 plgpu.commit_smem()
