@@ -107,9 +107,12 @@ def _corrected(guess: Array, q: Array, error: Array, step: Array) -> Array:
     return jnp.where(regular, lax.bitcast_convert_type(bits - steps, jnp.float32), guess)
 
 
-def to_bfloat16_grid(x: Array) -> Array:
-    """x rounded to bfloat16, still float32. (Two casts would be deleted.)"""
-    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+def to_bfloat16(x: Array) -> Array:
+    """float32 -> bfloat16, nearest even, subnormals kept; survives where two casts would be deleted."""
+    bits = bits_of(x)
+    rounded = (bits + jnp.uint32(0x7FFF) + ((bits >> 16) & jnp.uint32(1))) >> 16
+    rounded = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC0), rounded)
+    return lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16)
 
 
 def e4m3_code(x: Array) -> Array:

@@ -181,16 +181,22 @@ def _check(x: Array, block: str, rounding: str, bits: Array | None, hadamard: bo
 
 
 def hadamard16(x: Array) -> Array:
-    """x [..., n] -> x H on every 16 of the last axis, summed in float32 and rounded to x's dtype."""
+    """x [..., n] -> x H on every 16 of the last axis, summed in float32 and rounded to x's dtype.
+
+    The terms are exact and added in order, so that every backend gives the same bits.
+    """
     signs = np.array([1.0])
     for _ in range(4):
         signs = np.block([[signs, signs], [signs, -signs]])
-    matrix = jnp.asarray(np.array(SIGNS)[:, None] * signs / 4, jnp.float32)
+    matrix = (np.array(SIGNS)[:, None] * signs / 4).astype(np.float32)
     blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, BLOCK)
-    out = jnp.einsum("...i,ij->...j", blocks, matrix, precision=lax.Precision.HIGHEST).reshape(x.shape)
-    if x.dtype == jnp.bfloat16:  # a caller that goes on in float32 must not lose this rounding
-        out = floats.to_bfloat16_grid(out)
-    return out.astype(x.dtype)
+    small = floats.absolute_max(blocks, axis=-1, keepdims=True) < 2.0**20
+    blocks = jnp.where(small, floats.lifted(jnp.where(small, blocks, 0)), blocks)
+    out = blocks[..., :1] * matrix[0]
+    for i in range(1, BLOCK):
+        out = out + blocks[..., i : i + 1] * matrix[i]
+    out = jnp.where(small, floats.lowered(out), out).reshape(x.shape)
+    return floats.to_bfloat16(out) if x.dtype == jnp.bfloat16 else out.astype(x.dtype)
 
 
 def _block_amax(x_blocks: Array, block: str) -> Array:
