@@ -6,6 +6,9 @@ python -m nemotron_jax generate --checkpoint=DIR --prompt=TEXT [--tokens=N ...]
     continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
 python -m nemotron_jax bench train|prefill|decode --preset=NAME [--pattern=LETTERS --batch=B --seq=T --mesh=fsdp=8 ...]
     speed and memory with random weights, as JSON
+python -m nemotron_jax convert SRC DST [--format=bf16|fp8|nvfp4]
+    Hugging Face directory -> training workdir, and either of them -> Hugging Face directory (with --format from the
+    former); --dry-run PRESET_OR_DIR lists the tensors instead
 
 Each command takes --help. Exit codes: 0 done, 2 bad input.
 """
@@ -72,7 +75,7 @@ def model_config(name: str) -> ModelConfig:
 def generate(argv: Sequence[str]) -> int:
     """Streams the continuation of a text to stdout, or writes that of token ids to a file."""
     parser = Parser("python -m nemotron_jax generate", "Samples from a checkpoint.")
-    parser.add_argument("--checkpoint", type=existing_path, metavar="DIR", help="the --workdir of a training run")
+    parser.add_argument("--checkpoint", type=existing_path, metavar="DIR", help="a training workdir or an HF directory")
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue")
     parser.add_argument("--prompt-tokens", type=existing_path, metavar="IN.npy", help="token ids instead: [B, T]")
     parser.add_argument("--out", type=output_file, metavar="OUT.npy", help="int32 [B, N], with --prompt-tokens")
@@ -143,7 +146,44 @@ def bench(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"params": params, "generate": generate, "bench": bench}
+def convert(argv: Sequence[str]) -> int:
+    """Writes a model in the other layout, or in another format; or lists the tensors of one: name, dtype, shape."""
+    parser = Parser("python -m nemotron_jax convert", "Converts checkpoints, holding one tensor at a time in memory.")
+    parser.add_argument(
+        "source", metavar="SRC", nargs="?", type=existing_path, help="a training workdir or an HF directory"
+    )
+    parser.add_argument("target", metavar="DST", nargs="?", help="a directory that does not exist yet, or is empty")
+    parser.add_argument("--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}; default: as each tensor is")
+    parser.add_argument("--step", type=number(int, least=0, name="a step"), metavar="N", help="default: the last one")
+    parser.add_argument("--dry-run", metavar="PRESET_OR_DIR", help="list the tensors of its Hugging Face checkpoint")
+    flags = parser.parse_args(argv)
+    if flags.format not in (None, *FORMATS):
+        hint = did_you_mean(flags.format, FORMATS)
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {flags.format!r}.{hint}")
+    if flags.dry_run is not None:
+        if flags.source or flags.step is not None:
+            raise UserError("convert --dry-run=PRESET_OR_DIR takes no SRC, DST or --step.")
+        config = model_config(flags.dry_run)
+        from nemotron_jax.checkpoint.hf import plan
+
+        for tensor in plan(config, flags.format):
+            print(tensor.name, tensor.dtype, json.dumps(tensor.shape, separators=(",", ":")))
+        return 0
+    if not flags.source or not flags.target:
+        raise UserError("convert needs SRC and DST, or --dry-run=PRESET_OR_DIR.")
+    target = Path(flags.target).expanduser()
+    from nemotron_jax.checkpoint import convert as converting
+
+    done = converting.convert(flags.source, target, format=flags.format, step=flags.step)
+    print(
+        f"wrote {done.tensors:,} tensors, {done.nbytes / 1e9:,.3f} GB, to {target} in {done.seconds:.1f} s "
+        f"({done.nbytes / done.seconds / 1e9:.2f} GB/s)"
+    )
+    return 0
+
+
+COMMANDS = {"params": params, "generate": generate, "bench": bench, "convert": convert}
+FORMATS = ("bf16", "fp8", "nvfp4")
 
 
 def run(argv: Sequence[str]) -> int:

@@ -211,7 +211,10 @@ def test_only_users_mistakes_are_turned_into_messages(monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "eval.py needs --checkpoint=DIR (the --workdir of a training run) and --task=TASK (perplexity, score)."),
+        (
+            [],
+            "eval.py needs --checkpoint=DIR (a training workdir or an HF directory) and --task=TASK (",
+        ),
         (["--checkpont=."], "unknown flag --checkpont. Did you mean '--checkpoint'?"),
         (["--checkpoint=none", "--task=score"], "--checkpoint: there is no 'none'"),
         (["--checkpoint=", "--task=score"], "--checkpoint: there is no ''"),
@@ -269,7 +272,7 @@ NEITHER = "generate needs either --prompt=TEXT, or --prompt-tokens=IN.npy and --
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "needs one of the commands params, generate, bench; got none."),
+        ([], "needs one of the commands params, generate, bench, convert; got none."),
         (["parms"], "got 'parms'. Did you mean 'params'?"),
         (["--seq=3"], "got '--seq=3'."),
         (["params"], "params needs a preset (nano, lightning, "),

@@ -15,7 +15,8 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class CheckpointStore:
     def save(self, step: int, items: Tree, data: dict[str, Any]) -> None:
         """Starts saving; returns once the arrays are copied. Raises CheckpointError if this or the last save failed."""
         meta = {"format": FORMAT, "data": data, "checksums": _checksums(items)}
-        saves = {name: ocp.args.StandardSave(_nested(items[name])) for name in ITEMS}
+        saves = {name: ocp.args.StandardSave(_nested(tree)) for name, tree in items.items()}
         with _failures_of_saving(self.directory, step):
             self._manager.save(step, args=ocp.args.Composite(**saves, meta=ocp.args.JsonSave(meta)))
 
@@ -194,7 +195,11 @@ class _failures_of_saving:
 def _remove_uncommitted(directory: Path) -> None:
     for path in directory.iterdir() if directory.is_dir() else ():
         if path.is_dir() and not (path / "commit_success.txt").exists():
-            shutil.rmtree(path, ignore_errors=True)
+            for _ in range(50):  # writes that were under way when one failed still put files there
+                shutil.rmtree(path, ignore_errors=True)
+                if not path.exists():
+                    break
+                time.sleep(0.1)
 
 
 def _first_line(error: BaseException) -> str:
@@ -250,15 +255,31 @@ def _checksum_all(leaves: dict[str, Array]) -> dict[str, Array]:
     return {name: _checksum(leaf) for name, leaf in leaves.items()}
 
 
-def _checksum(leaf: Array) -> Array:
-    """A uint32 that changes with any bit of a leaf and with the order of its elements; exact on any sharding."""
+def _checksum(leaf: Array, start: Any = None, shape: tuple[int, ...] | None = None) -> Array:
+    """A uint32 that changes with any bit of a leaf and with the order of its elements; exact on any sharding.
+
+    Floats narrower than float32 count as their float32 value, so that a leaf may be read as either. The sum over the
+    blocks of a leaf (each with the index of its first element, and the shape of the leaf) is that of the leaf.
+    """
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and np.dtype(leaf.dtype).itemsize < 4:
+        leaf = leaf.astype(jnp.float32)
     width = np.dtype(leaf.dtype).itemsize
     bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
     weight = jnp.uint32(1)
-    for axis, size in enumerate(bits.shape):
+    for axis, size in enumerate(shape or bits.shape):
         position = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        if start is not None:
+            position += start[axis]
         weight = weight * jnp.uint32((size * 2654435761 + 40503) % 2**32 | 1) + position * jnp.uint32(2)
     return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+_block_checksum = jax.jit(_checksum, static_argnames="shape")
+
+
+def block_checksum(block: np.ndarray, start: Sequence[int], shape: tuple[int, ...]) -> int:
+    """The share of a block in the checksum of a leaf of this shape."""
+    return int(_block_checksum(block, np.asarray(start, np.uint32), shape=tuple(shape)))
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
