@@ -82,7 +82,7 @@ def _forward(lhs, rhs, group_sizes, activation):
     rows = lhs.shape[0]
     padded = _whole_atoms(lhs)
     tiles = row_tiles(group_sizes, padded.shape[0])
-    plan = choose_plan("forward", rows, *rhs.shape[1:], rhs.shape[0])
+    plan = choose_plan("forward", rows, rhs.shape[1], rhs.shape[2], rhs.shape[0])
     out = multiply_rows(padded, rhs, tiles, plan, activation=activation)[:rows]
     # relu2 has derivative 2 max(z, 0) = 2 sqrt(out): rounding out to bfloat16 costs half of its relative error there.
     return out, (lhs, rhs, group_sizes, out if activation == "relu2" else None)
@@ -120,7 +120,7 @@ class RowTiles(NamedTuple):
     row: jax.Array  # [T]
     begin: jax.Array  # [T]
     end: jax.Array  # [T]
-    count: jax.Array  # [1], tiles in use
+    used: jax.Array  # [1], tiles in use
     starts: jax.Array  # [E + 1], first row of each group, and the end of the last
 
 
@@ -169,12 +169,11 @@ def _barriers(plan: Plan) -> list[Any]:
     return [full, free]
 
 
-def _shared_by_cluster(plan: Plan) -> dict[str, str]:
-    return {} if plan.cluster == 1 else {"collective_axes": "block"}
+def _shared_by_cluster(plan):
+    return None if plan.cluster == 1 else "block"
 
 
 def _launch(body: Callable[..., None], plan: Plan, out: jax.ShapeDtypeStruct, scratch: list[Any], *operands: jax.Array):
-    cluster = {} if plan.cluster == 1 else {"cluster": (plan.cluster,), "cluster_names": ("block",)}
     return plgpu.kernel(
         body,
         out_type=out,
@@ -183,8 +182,9 @@ def _launch(body: Callable[..., None], plan: Plan, out: jax.ShapeDtypeStruct, sc
         grid_names=("sm",),
         num_threads=3,
         thread_name="warpgroup",
+        cluster=() if plan.cluster == 1 else (plan.cluster,),
+        cluster_names=() if plan.cluster == 1 else ("block",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **cluster,
     )(*operands)
 
 
@@ -242,7 +242,7 @@ def _multiply_tiles(ring, tiles, steps_of, work_of):
             has_rows, multiply, store = work_of(i)
 
             @pl.when(has_rows)
-            def _():
+            def compute():
                 def products(acc):
                     def one_step(k, _):
                         slot = ring.slot(first_step + k)
@@ -266,13 +266,13 @@ def _multiply_tiles(ring, tiles, steps_of, work_of):
                 store(pl.run_scoped(products, plgpu.ACC((rows, plan.columns), jnp.float32)))
 
             @pl.when(~has_rows)
-            def _():
-                def pass_by(k, _):
+            def pass_by():
+                def one_step(k, _):
                     slot = ring.slot(first_step + k)
                     plgpu.barrier_wait(ring.full_barrier(slot, i))
                     plgpu.barrier_arrive(ring.free.at[slot])
 
-                lax.fori_loop(0, steps, pass_by, None)
+                lax.fori_loop(0, steps, one_step, None)
 
         if plan.alternate:
             pl.when(lax.rem(i, jnp.int32(2)) == warpgroup)(work)
@@ -316,10 +316,10 @@ def multiply_rows(
         union = plgpu.RefUnion(plgpu.SMEM(shape, lhs.dtype, transforms=_swizzled()), plgpu.SMEM(shape, lhs.dtype))
         pl.run_scoped(functools.partial(work, *refs), union, union, collective_axes="warpgroup")
 
-    def work(group, row, begin, end, count, lhs_hbm, rhs_hbm, out_hbm, lhs_smem, rhs_smem, full, free, *buffers):
+    def work(group, row, begin, end, used, lhs_hbm, rhs_hbm, out_hbm, lhs_smem, rhs_smem, full, free, *buffers):
         warpgroup = lax.axis_index("warpgroup")
         ring = _Ring(plan, full, free)
-        my_tiles, tile_of = _my_share(count[0] * column_tiles, plan)
+        my_tiles, tile_of = _my_share(used[0] * column_tiles, plan)
 
         def place(i):
             """Row tile and first column of tile i."""
@@ -339,7 +339,7 @@ def multiply_rows(
                 k_slice = pl.ds(k * STEP, STEP)
                 left = lhs_hbm.at[row_slice, k_slice]
                 right = weight.at[column_slice, k_slice] if transposed else weight.at[k_slice, column_slice]
-                plgpu.copy_gmem_to_smem(left, lhs_smem.at[slot], barrier, **_shared_by_cluster(plan))
+                plgpu.copy_gmem_to_smem(left, lhs_smem.at[slot], barrier, collective_axes=_shared_by_cluster(plan))
                 plgpu.copy_gmem_to_smem(right, rhs_smem.at[slot], barrier)
 
             return load
@@ -401,13 +401,13 @@ def _store_rows(block, low, high, whole_smem, part_smem, out_hbm, row):
     owned = high - low
 
     @pl.when(owned == 64)
-    def _():
+    def store_whole():
         whole_smem[...] = block
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(whole_smem, out_hbm.at[pl.ds(pl.multiple_of(row, ALIGN), 64)])
 
     @pl.when(owned < 64)
-    def _():
+    def store_part():
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         part_smem[...] = block
         plgpu.commit_smem()
@@ -460,7 +460,7 @@ def outer_products(lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan
                     lhs_hbm.at[row_slice, pl.ds(row * TILE_ROWS, TILE_ROWS)],
                     lhs_smem.at[slot],
                     barrier,
-                    **_shared_by_cluster(plan),
+                    collective_axes=_shared_by_cluster(plan),
                 )
                 plgpu.copy_gmem_to_smem(
                     d_out_hbm.at[row_slice, pl.ds(column * columns, columns)], d_out_smem.at[slot], barrier
