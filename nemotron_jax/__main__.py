@@ -4,21 +4,24 @@ python -m nemotron_jax params PRESET_OR_DIR [--seq=8192]
     parameters and training FLOPs a token, as JSON
 python -m nemotron_jax generate --checkpoint=DIR --prompt=TEXT [--tokens=N ...]
     continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
+python -m nemotron_jax bench train|prefill|decode --preset=NAME [--pattern=LETTERS --batch=B --seq=T --mesh=fsdp=8 ...]
+    speed and memory with random weights, as JSON
 
 Each command takes --help. Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemotron_jax.cli import Parser, existing_path, main, number, output_file
+from nemotron_jax.cli import Parser, existing_path, main, mesh_axes, number, one_of, output_file, target
 from nemotron_jax.config import PRESETS, ModelConfig
 from nemotron_jax.errors import ConfigError, UserError, did_you_mean
 from nemotron_jax.hf_config import from_hf
-from nemotron_jax.run_config import from_dict
+from nemotron_jax.run_config import ParallelConfig, from_dict
 
 # JAX is imported inside the commands, after their flags: it takes seconds.
 
@@ -99,7 +102,48 @@ def generate(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"params": params, "generate": generate}
+def bench(argv: Sequence[str]) -> int:
+    """Prints one JSON object: what was measured, compile seconds, memory, step time, tokens/s, FLOP/s and MFU."""
+    parser = Parser("python -m nemotron_jax bench", "Speed and memory with random weights and tokens.")
+    kinds = ("train", "prefill", "decode")
+    parser.add_argument("what", choices=kinds, metavar="|".join(kinds), help="the step to measure")
+    parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}, or a directory with a config.json")
+    parser.add_argument("--pattern", metavar="LETTERS", help="other layers, such as MEMEM*EME")
+    positive = number(int, least=1, name="a positive whole number")
+    parser.add_argument("--batch", type=positive, default=1, help="rows, of all devices together (default: 1)")
+    parser.add_argument(
+        "--seq", type=positive, default=8192, help="tokens of a row; decode: before the new one (default: 8192)"
+    )
+    parser.add_argument("--precision", default="auto", metavar="RECIPE", help="as config.precision.recipe")
+    parser.add_argument("--mesh", type=mesh_axes, default={}, metavar="AXIS=N,...", help="such as fsdp=4,expert=2")
+    parser.add_argument("--steps", type=positive, default=20, help="timed steps (default: 20)")
+    parser.add_argument("--remat", type=one_of("none", "full"), default="none", help="train: as config.train.remat")
+    parser.add_argument("--documents", type=positive, default=1, help="train: packed in each row (default: 1)")
+    parser.add_argument(
+        "--optimizer",
+        action="store_true",
+        help="train: the whole step of train.py, AdamW on float32 weights, not loss and gradients in bfloat16 alone",
+    )
+    parser.add_argument(
+        "--compile-for", type=target, default=("", 1), metavar="GPU[:N]", help="only compile, for h200 or b200"
+    )
+    flags = parser.parse_args(argv)
+    parser.require(flags, "preset", what="bench")
+    model = model_config(flags.preset)
+    if flags.pattern is not None:
+        model = dataclasses.replace(model, pattern=flags.pattern)
+    from nemotron_jax.bench import Workload, run
+
+    settings = {name: getattr(flags, name) for name in ("batch", "seq", "precision", "remat", "optimizer", "documents")}
+    name, count = flags.compile_for
+    work = Workload(
+        model, **settings, steps=flags.steps, parallel=ParallelConfig(**flags.mesh), target=name, target_devices=count
+    )
+    print(json.dumps(run(flags.what, work)))
+    return 0
+
+
+COMMANDS = {"params": params, "generate": generate, "bench": bench}
 
 
 def run(argv: Sequence[str]) -> int:

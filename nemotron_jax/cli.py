@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemotron_jax.config import PRESETS, ModelConfig
 from nemotron_jax.errors import ConfigError, UserError, did_you_mean
-from nemotron_jax.run_config import GROUPS, MODEL_SECTIONS, RunConfig, field_types, from_dict
+from nemotron_jax.run_config import GROUPS, MODEL_SECTIONS, ParallelConfig, RunConfig, field_types, from_dict
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -88,6 +88,45 @@ def number(kind: type, *, least: float, name: str) -> Callable[[str], Any]:
         return value
 
     return parse
+
+
+def one_of(*known: str) -> Callable[[str], str]:
+    """An argparse type: a word of a list, with a suggestion for a mistyped one."""
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(
+                f"expected one of {', '.join(known)}, got {text!r}.{did_you_mean(text, known)}"
+            )
+        return text
+
+    return parse
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """An argparse type: ``fsdp=4,expert=2`` -> the size of each axis given (-1: the devices that are left)."""
+    known = field_types(ParallelConfig)
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in known or not size.removeprefix("-").isdecimal():
+            raise argparse.ArgumentTypeError(
+                f"expected AXIS=N,... with axes of {', '.join(known)}, got {text!r}.{did_you_mean(axis, known)}"
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def target(text: str) -> tuple[str, int]:
+    """An argparse type: ``h200:64`` -> a GPU to compile for, and how many of them (1 unless said)."""
+    name, _, count = text.partition(":")
+    known = ("h200", "b200")
+    sizes = (*range(1, 9), *range(16, 4097, 8))
+    if name not in known or (count and not count.isdecimal()) or int(count or 1) not in sizes:
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(known)}, and after a colon 1 to 8 devices or a multiple of 8, got {text!r}"
+        )
+    return name, int(count or 1)
 
 
 def existing_path(text: str) -> Path:

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels import attention_cudnn, decode_attention_mosaic
+from pallas_kernels.cost import BF16, Cost
 from pallas_kernels.dispatch import choose, require_shape
 from pallas_kernels.segments import run_ids
 
@@ -64,6 +66,9 @@ def attention(
     require_shape("attention", "k", k, "[B, S, V, D]", (batch, None, None, head_dim))
     require_shape("attention", "v", v, "[B, S, V, D]", k.shape)
     _check_heads("attention", heads, k.shape[2])
+    unfit = attention_cudnn.unfit(
+        q, k, v, causal=causal, packed=segment_ids is not None, own_key_segments=kv_segment_ids is not None
+    )
     if segment_ids is not None:
         require_shape("attention", "segment_ids", segment_ids, "[B, T]", (batch, time))
         if kv_segment_ids is not None:
@@ -77,7 +82,7 @@ def attention(
             segment_ids = kv_segment_ids = run_ids(segment_ids)
     elif kv_segment_ids is not None:
         raise ValueError("attention: kv_segment_ids came without segment_ids; pass both")
-    implementation = _IMPLEMENTATIONS[choose("attention", impl)]
+    implementation = _IMPLEMENTATIONS[choose("attention", impl, unfit={"cudnn": unfit})]
     scale = head_dim**-0.5 if scale is None else scale
     return implementation(q, k, v, segment_ids, kv_segment_ids, causal=causal, scale=scale)
 
@@ -94,34 +99,41 @@ def attention_reference(
     query_block: int | None = None,
 ) -> jax.Array:
     """All queries at once, or `query_block` at a time (None: where T * S is large)."""
-    batch, time = q_BTHD.shape[:2]
-    keys = k_BSVD.shape[1]
-    query_position = jnp.arange(time) + (keys - time)
+    time, keys = q_BTHD.shape[1], k_BSVD.shape[1]
+    query_position = (jnp.arange(time) + (keys - time))[None]
 
     def attend(q_BQHD, position, segment):
-        visible = jnp.ones((1, position.shape[0], keys), bool)
+        visible = jnp.ones((1, position.shape[1], keys), bool)
         if causal:
-            visible = (jnp.arange(keys) <= position[:, None])[None]
+            visible = jnp.arange(keys) <= position[..., None]
         if segment is not None and kv_segment_ids is not None:
             visible = visible & (segment[:, :, None] == kv_segment_ids[:, None, :])
         return _attend(q_BQHD, k_BSVD, v_BSVD, visible, scale)
 
     if query_block is None:
         query_block = QUERY_BLOCK if time * keys > PLAIN_PAIRS else time
-    if query_block >= time:
-        return attend(q_BTHD, query_position, segment_ids)
+    return _in_blocks(attend, query_block, q_BTHD, query_position, segment_ids)
 
+
+def _in_blocks(attend, query_block, q_BTHD, *of_queries):
+    """attend(q, *of_queries) for `query_block` queries at a time; each of `of_queries` is [B or 1, T] or None."""
+    batch, time = q_BTHD.shape[:2]
+    if query_block >= time:
+        return attend(q_BTHD, *of_queries)
     blocks = -(-time // query_block)
 
-    def split(z, axis):
+    def split(z):
         widths = [(0, 0)] * z.ndim
-        widths[axis] = (0, blocks * query_block - time)
-        z = jnp.pad(z, widths).reshape(*z.shape[:axis], blocks, query_block, *z.shape[axis + 1 :])
-        return jnp.moveaxis(z, axis, 0)
+        widths[1] = (0, blocks * query_block - time)
+        return jnp.moveaxis(jnp.pad(z, widths).reshape(z.shape[0], blocks, query_block, *z.shape[2:]), 1, 0)
 
-    inputs = (split(q_BTHD, 1), split(query_position, 0), None if segment_ids is None else split(segment_ids, 1))
+    inputs = [None if z is None else split(z) for z in (q_BTHD, *of_queries)]
     _, out = jax.lax.scan(jax.checkpoint(lambda _, block: (None, attend(*block))), None, inputs)
     return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * query_block, *q_BTHD.shape[2:])[:, :time]
+
+
+def _cudnn(q_BTHD, k_BSVD, v_BSVD, run, kv_run, *, causal, scale):
+    return attention_cudnn.attention(q_BTHD, k_BSVD, v_BSVD, run, scale=scale)
 
 
 def decode_attention(
@@ -160,7 +172,8 @@ def decode_attention(
     if page_table is not None:
         require_shape("decode_attention", "page_table", page_table, "[B, pages of a row]", (batch, None))
     _check_heads("decode_attention", heads, k_cache.shape[2])
-    implementation = _IMPLEMENTATIONS_DECODE[choose("decode_attention", impl)]
+    unfit = _decode_unfit(q, k_cache, v_cache, page_table)
+    implementation = _IMPLEMENTATIONS_DECODE[choose("decode_attention", impl, unfit=unfit)]
     scale = head_dim**-0.5 if scale is None else scale
     return implementation(q, k_cache, v_cache, lengths, page_table, scale=scale)
 
@@ -174,21 +187,50 @@ def decode_attention_reference(
     *,
     scale: float,
 ) -> jax.Array:
-    """Gather the pages of each row, then plain attention with a mask by position."""
-    batch, time = q_BTHD.shape[:2]
-
-    def rows(cache):
-        """[pages, page_size, V, D] -> [B, S, V, D]."""
-        return cache if page_table is None else cache[page_table].reshape(batch, -1, *cache.shape[2:])
-
-    k_BSVD, v_BSVD = rows(k_cache), rows(v_cache)
+    """Gather the pages of each row, then attention with a mask by position; queries in blocks where they are many."""
+    time = q_BTHD.shape[1]
+    k_BSVD, v_BSVD = (_rows_of_cache(cache, page_table) for cache in (k_cache, v_cache))
     key_position = jnp.arange(k_BSVD.shape[1])
-    query_position = lengths[:, None] + jnp.arange(time)
-    visible = key_position <= query_position[..., None]
     # Unwritten positions may hold anything, NaN included, and 0 * NaN would spoil the sum.
     written = key_position < lengths[:, None] + time
     v_BSVD = jnp.where(written[..., None, None], v_BSVD, 0)
-    return _attend(q_BTHD, k_BSVD, v_BSVD, visible, scale)
+
+    def attend(q_BQHD, query_position):
+        return _attend(q_BQHD, k_BSVD, v_BSVD, key_position <= query_position[..., None], scale)
+
+    query_block = QUERY_BLOCK if time * k_BSVD.shape[1] > PLAIN_PAIRS else time
+    return _in_blocks(attend, query_block, q_BTHD, lengths[:, None] + jnp.arange(time))
+
+
+def _rows_of_cache(cache, page_table):
+    """[pages, page_size, V, D] -> [B, S, V, D]."""
+    return cache if page_table is None else cache[page_table].reshape(page_table.shape[0], -1, *cache.shape[2:])
+
+
+def _decode_cudnn(q_BTHD, k_cache, v_cache, lengths, page_table, *, scale):
+    """A prompt into an empty cache is causal attention over itself; anything else goes to the reference."""
+    time = q_BTHD.shape[1]
+
+    def prompt():
+        pages = None if page_table is None else page_table[:, : -(-time // k_cache.shape[1])]
+        k_BTVD, v_BTVD = (_rows_of_cache(cache, pages)[:, :time] for cache in (k_cache, v_cache))
+        return attention_cudnn.attention(q_BTHD, k_BTVD, v_BTVD, None, scale=scale)
+
+    def onto_a_cache():
+        return decode_attention_reference(q_BTHD, k_cache, v_cache, lengths, page_table, scale=scale)
+
+    return jax.lax.cond((lengths == 0).all(), prompt, onto_a_cache)
+
+
+def _decode_unfit(q, k_cache, v_cache, page_table):
+    """Why the implementations of `decode_attention` cannot take these operands."""
+    # A prompt may be longer than the cache: what does not fit was never written.
+    size = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    prompt = jax.ShapeDtypeStruct((*q.shape[:2], *k_cache.shape[2:]), k_cache.dtype)
+    cudnn = attention_cudnn.unfit(q, prompt, prompt, causal=True, packed=False, own_key_segments=False)
+    if not 1 < q.shape[1] <= size:
+        cudnn = f"there must be more than one new token and at most as many as the cache holds, got {q.shape[1]}"
+    return {"mosaic": decode_attention_mosaic.unfit(q, k_cache, v_cache, paged=page_table is not None), "cudnn": cudnn}
 
 
 def _attend(q_BTHD, k_BSVD, v_BSVD, visible, scale):
@@ -219,8 +261,12 @@ def _check_heads(op, heads, kv_heads):
         raise ValueError(f"{op}: the query heads ({heads}) must be a multiple of the key/value heads ({kv_heads})")
 
 
-_IMPLEMENTATIONS = {"reference": attention_reference}
-_IMPLEMENTATIONS_DECODE = {"reference": decode_attention_reference}
+_IMPLEMENTATIONS = {"cudnn": _cudnn, "reference": attention_reference}
+_IMPLEMENTATIONS_DECODE = {
+    "mosaic": decode_attention_mosaic.decode_attention,
+    "cudnn": _decode_cudnn,
+    "reference": decode_attention_reference,
+}
 
 
 class Case(NamedTuple):
@@ -235,6 +281,7 @@ class Case(NamedTuple):
     head_dim: int
     causal: bool = True
     packed: bool = False
+    border: float = 0.2  # of packed cases: how likely a token begins a document
 
 
 CASES = (
@@ -251,19 +298,48 @@ def example_inputs(
     case: Case, seed: int = 0, dtype: DTypeLike = jnp.float32
 ) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
     """Random (args, kwargs) of `attention` for a case; packed cases hold ids that come back."""
-    random = np.random.default_rng(seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), dtype)
+        return jax.random.normal(next(keys), shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
     q = normal(case.batch, case.time, case.heads, case.head_dim)
     k = normal(case.batch, case.keys, case.kv_heads, case.head_dim)
     v = normal(case.batch, case.keys, case.kv_heads, case.head_dim)
     kwargs: dict[str, Any] = {"causal": case.causal}
     if case.packed:
-        changed = random.random((case.batch, case.time)) < 0.2
-        kwargs["segment_ids"] = jnp.asarray(np.cumsum(changed, axis=1) % 2, jnp.int32)
+        kwargs["segment_ids"] = jnp.asarray(_runs(case, seed) % 2, jnp.int32)
     return (q, k, v), kwargs
+
+
+def _runs(case, seed):
+    """[B, T] document numbers of a packed case."""
+    return np.cumsum(np.random.default_rng(seed).random((case.batch, case.time)) < case.border, axis=1)
+
+
+# Nano and Super have the same heads. Packed: documents of 1,024 tokens on average.
+BENCHMARKS = (
+    Case("nano", 2, 8192, 8192, 32, 2, 128),
+    Case("nano_packed", 2, 8192, 8192, 32, 2, 128, packed=True, border=1 / 1024),
+    Case("nano_64k", 1, 65536, 65536, 32, 2, 128),
+    Case("ultra", 1, 8192, 8192, 64, 2, 128),
+    Case("nano-4b", 2, 8192, 8192, 40, 8, 128),
+)
+
+
+def cost(case: Case) -> Cost:
+    """Products of visible pairs only: two forward, five backward (the logits again), as FlashAttention counts."""
+    position = np.arange(case.time) + case.keys - case.time
+    first = np.zeros((case.batch, case.time), int)
+    if case.packed:
+        runs = _runs(case, 0)
+        first = np.stack([np.searchsorted(row, row) for row in runs])
+    last = position if case.causal else np.full(case.time, case.keys - 1)
+    pairs = float(np.clip(last - first + 1, 0, case.keys).sum())
+    product = 2 * pairs * case.heads * case.head_dim
+    q_or_out = BF16 * case.batch * case.time * case.heads * case.head_dim
+    k_or_v = BF16 * case.batch * case.keys * case.kv_heads * case.head_dim
+    return Cost(2 * product, 2 * q_or_out + 2 * k_or_v, 5 * product, 4 * q_or_out + 4 * k_or_v)
 
 
 class DecodeCase(NamedTuple):
@@ -290,19 +366,39 @@ DECODE_CASES = (
 def decode_example_inputs(
     case: DecodeCase, seed: int = 0, dtype: DTypeLike = jnp.float32
 ) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
-    """Random (args, kwargs) of `decode_attention` for a case, lengths from 0 to as long as the cache allows."""
+    """Random (args, kwargs) of `decode_attention` for a case, lengths from as long as the cache allows down to 0."""
     random = np.random.default_rng(seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), dtype)
+        return jax.random.normal(next(keys), shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
     pages = case.batch * case.pages_of_row
     q = normal(case.batch, case.time, case.heads, case.head_dim)
     k_cache = normal(pages, case.page_size, case.kv_heads, case.head_dim)
     v_cache = normal(pages, case.page_size, case.kv_heads, case.head_dim)
-    longest = case.pages_of_row * case.page_size - case.time
-    lengths = jnp.asarray(np.linspace(0, longest, case.batch), jnp.int32)
+    lengths = jnp.asarray(_lengths(case))
     kwargs: dict[str, Any] = {}
     if case.paged:
         kwargs["page_table"] = jnp.asarray(random.permutation(pages).reshape(case.batch, -1), jnp.int32)
     return (q, k_cache, v_cache, lengths), kwargs
+
+
+def _lengths(case):
+    return np.linspace(case.pages_of_row * case.page_size - case.time, 0, case.batch).astype(np.int32)
+
+
+# Nano's heads: a full batch, one long sequence, and pages as a serving engine keeps them.
+DECODE_BENCHMARKS = (
+    DecodeCase("nano_32x8k", 32, 1, 1, 8192, 32, 2, 128, paged=False),
+    DecodeCase("nano_1x128k", 1, 1, 1, 131072, 32, 2, 128, paged=False),
+    DecodeCase("nano_32x8k_paged", 32, 1, 128, 64, 32, 2, 128, paged=True),
+)
+
+
+def decode_cost(case: DecodeCase) -> Cost:
+    """Reads the filled part of the cache once; two products. Inference only: no backward pass."""
+    filled = float((_lengths(case) + case.time).sum())
+    product = 2 * filled * case.time * case.heads * case.head_dim
+    new = 2 * case.batch * case.time * case.heads * case.head_dim
+    return Cost(2 * product, BF16 * (new + 2 * filled * case.kv_heads * case.head_dim))

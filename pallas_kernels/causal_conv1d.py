@@ -6,11 +6,14 @@ The last column of w reads the token itself. A tap counts only if the token that
 tokens before the row come from initial_state, which belongs to the document of token 0, and are zero without it.
 The state is the last K - 1 inputs in time order.
 
-Shift, multiply, add: XLA fuses it into one pass, where a grouped convolution becomes padded copies (measured).
+Shift, multiply, add: XLA fuses it into one pass, where a grouped convolution becomes padded copies (measured); the
+pass also takes in a slice of its input and the split of its output. Its backward pass is three passes and a float32
+copy in XLA; "mosaic" keeps XLA's forward pass and has a backward pass of one (`causal_conv1d_mosaic.py`).
 
 Shapes: B batch, T time, C channels, K taps.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels import causal_conv1d_mosaic
+from pallas_kernels.cost import BF16, Cost
 from pallas_kernels.dispatch import choose, require_shape
 from pallas_kernels.segments import run_ids
 
@@ -70,7 +75,8 @@ def causal_conv1d(
         raise ValueError(f"causal_conv1d: activation must be 'silu' or None, got {activation!r}")
 
     run = None if segment_ids is None else run_ids(segment_ids)
-    y_BTC = _IMPLEMENTATIONS[choose("causal_conv1d", impl)](x, w, bias, initial_state, run, activation=activation)
+    chosen = choose("causal_conv1d", impl, unfit={"mosaic": causal_conv1d_mosaic.unfit(x, w)})
+    y_BTC = _IMPLEMENTATIONS[chosen](x, w, bias, initial_state, run, activation=activation)
     if not return_final_state:
         return y_BTC
     state_BKC = final_state(x, initial_state, jnp.full((batch,), time, jnp.int32), taps)
@@ -105,6 +111,29 @@ def causal_conv1d_reference(
     return ACTIVATIONS[activation](pre_BTC).astype(x_BTC.dtype)
 
 
+def _mosaic(x_BTC, w, bias, state_BKC, run, *, activation):
+    return _with_kernel(activation, x_BTC, w, bias, state_BKC, run)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_kernel(activation, x_BTC, w, bias, state_BKC, run):
+    return causal_conv1d_reference(x_BTC, w, bias, state_BKC, run, activation=activation)
+
+
+def _with_kernel_forward(activation, *operands):
+    return _with_kernel(activation, *operands), operands  # the pre-activation is computed again
+
+
+def _with_kernel_backward(activation, operands, dy_BTC):
+    x_BTC, w, bias, state_BKC, run = operands
+    dx_BTC, *rest = causal_conv1d_mosaic.backward(x_BTC, w, bias, state_BKC, run, dy_BTC, silu=activation == "silu")
+    grads = (None if z is None else dz.astype(z.dtype) for z, dz in zip((w, bias, state_BKC), rest, strict=True))
+    return dx_BTC, *grads, None
+
+
+_with_kernel.defvjp(_with_kernel_forward, _with_kernel_backward)
+
+
 def final_state(x: jax.Array, initial_state: jax.Array | None, lengths: jax.Array, taps: int) -> jax.Array:
     """Return the last taps - 1 inputs before position lengths[b] of each row, for right-padded prompts.
 
@@ -125,7 +154,7 @@ def final_state(x: jax.Array, initial_state: jax.Array | None, lengths: jax.Arra
     return jnp.take_along_axis(padded_BTC, index[..., None], axis=1)
 
 
-_IMPLEMENTATIONS = {"reference": causal_conv1d_reference}
+_IMPLEMENTATIONS = {"mosaic": _mosaic, "reference": causal_conv1d_reference}
 
 
 class Case(NamedTuple):
@@ -157,9 +186,10 @@ def example_inputs(
 ) -> tuple[tuple[jax.Array | None, ...], dict[str, Any]]:
     """Random (args, kwargs) of `causal_conv1d` for a case; packed cases hold one-token documents."""
     random = np.random.default_rng(seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), dtype)
+        return jax.random.normal(next(keys), shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
     x = normal(case.batch, case.time, case.channels)
     w = normal(case.channels, case.taps)
@@ -171,3 +201,20 @@ def example_inputs(
     if case.initial_state:
         kwargs["initial_state"] = normal(case.batch, case.taps - 1, case.channels)
     return (x, w, bias), kwargs
+
+
+# Channels of x, B and C in the released models.
+BENCHMARKS = (
+    Case("nano", 2, 8192, 6144),
+    Case("nano_packed", 2, 8192, 6144, packed=True),
+    Case("super", 2, 8192, 10240),
+    Case("ultra", 1, 8192, 18432),
+    Case("nano-4b", 2, 8192, 9728),
+)
+
+
+def cost(case: Case) -> Cost:
+    """Forward reads x and writes y; backward reads x and the gradient of y and writes that of x."""
+    elements = case.batch * case.time * case.channels
+    taps = 2 * case.taps * elements
+    return Cost(taps, 2 * BF16 * elements, 3 * taps, 3 * BF16 * elements)

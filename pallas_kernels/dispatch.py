@@ -53,11 +53,11 @@ def on_hopper() -> str:
 
 
 OPS: dict[str, dict[str, SupportCheck]] = {
-    "ssd": {"reference": _anywhere},
-    "causal_conv1d": {"reference": _anywhere},
+    "ssd": {"mosaic": on_hopper, "reference": _anywhere},
+    "causal_conv1d": {"mosaic": on_hopper, "reference": _anywhere},
     "grouped_matmul": {"mosaic": on_hopper, "blocked": _anywhere, "reference": _anywhere},
-    "attention": {"reference": _anywhere},
-    "decode_attention": {"reference": _anywhere},
+    "attention": {"cudnn": on_hopper, "reference": _anywhere},
+    "decode_attention": {"mosaic": on_hopper, "cudnn": on_hopper, "reference": _anywhere},
     "permute": {"reference": _anywhere},
     "unpermute": {"reference": _anywhere},
 }

@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels import grouped_matmul_mosaic
+from pallas_kernels.cost import BF16, Cost
 from pallas_kernels.dispatch import choose, require_shape
 
 ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
@@ -198,11 +199,45 @@ def example_inputs(
     case: Case, seed: int = 0, dtype: DTypeLike = jnp.float32
 ) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
     """Random (args, kwargs) of `grouped_matmul` for a case."""
-    random = np.random.default_rng(seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), dtype)
+        return jax.random.normal(next(keys), shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
     lhs = normal(case.rows, case.inputs)
     rhs = normal(len(case.group_sizes), case.inputs, case.outputs)
     return (lhs, rhs, jnp.array(case.group_sizes, jnp.int32)), {"activation": case.activation}
+
+
+def random_loads(rows: int, groups: int, *, seed: int = 0, spread: float = 0.36) -> tuple[int, ...]:
+    """Sizes of ``groups`` groups of ``rows`` rows in all: log-normal, the largest 2 to 3 times the mean."""
+    random = np.random.default_rng(seed)
+    share = np.exp(spread * random.standard_normal(groups))
+    return tuple(int(size) for size in random.multinomial(rows, share / share.sum()))
+
+
+# Nano: 16,384 tokens x 6 experts; Super: 8,192 x 22 in the latent width; Ultra: one of 8 devices of an expert axis;
+# decoding: each token's 22 experts.
+BENCHMARKS = (
+    Case("nano_up", 98304, 2688, 1856, random_loads(98304, 128)),
+    Case("nano_up_relu2", 98304, 2688, 1856, random_loads(98304, 128), activation="relu2"),
+    Case("nano_up_balanced", 98304, 2688, 1856, (768,) * 128),
+    Case("nano_down", 98304, 1856, 2688, random_loads(98304, 128)),
+    Case("super_up", 180224, 1024, 2688, random_loads(180224, 512)),
+    Case("super_up_relu2", 180224, 1024, 2688, random_loads(180224, 512), activation="relu2"),
+    Case("super_down", 180224, 2688, 1024, random_loads(180224, 512)),
+    Case("ultra_up_relu2", 22528, 2048, 5120, random_loads(22528, 64), activation="relu2"),
+    Case("super_decode_1", 22, 1024, 2688, tuple(int(i % 23 == 0 and i < 506) for i in range(512)), "relu2"),
+    Case("super_decode_32", 704, 1024, 2688, random_loads(704, 512), "relu2"),
+)
+
+
+def cost(case: Case) -> Cost:
+    """One product forward, two backward; weights of empty groups are not read, their gradient (zeros) is written."""
+    rows = sum(case.group_sizes)
+    weight = case.inputs * case.outputs
+    read = sum(size > 0 for size in case.group_sizes) * weight
+    lhs, out, written = rows * case.inputs, rows * case.outputs, len(case.group_sizes) * weight
+    saved = out if case.activation else 0  # the derivative of relu2 needs the output
+    product = 2.0 * rows * weight
+    return Cost(product, BF16 * (lhs + read + out), 2 * product, BF16 * (2 * lhs + out + saved + read + written))

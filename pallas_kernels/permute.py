@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels.cost import BF16, FLOAT32, INT32, Cost
 from pallas_kernels.dispatch import choose, require_shape
 
 
@@ -171,7 +172,48 @@ CASES = (
 def example_inputs(case: Case, seed: int = 0, dtype: DTypeLike = jnp.float32) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Random (args, kwargs) of `permute` for a case: the experts of a token are distinct, as a top-k gives them."""
     random = np.random.default_rng(seed)
-    x = jnp.asarray(random.standard_normal((case.tokens, case.width)), dtype)
+    shape = (case.tokens, case.width)
+    x = jax.random.normal(jax.random.key(seed), shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
     scores = random.random((case.tokens, case.experts))
     expert_ids = jnp.asarray(np.argsort(-scores, axis=1)[:, : case.slots], jnp.int32)
     return (x, expert_ids, case.experts), {}
+
+
+def unpermute_example_inputs(
+    case: Case, seed: int = 0, dtype: DTypeLike = jnp.float32
+) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
+    """Random (args, kwargs) of `unpermute` for a case; the weights are float32."""
+    (_, expert_ids, experts), _ = example_inputs(case, seed, dtype)
+    _, _, row_map = permute_reference(jnp.zeros((case.tokens, 1), dtype), expert_ids, experts)
+    key_rows, key_weights = jax.random.split(jax.random.key(seed))
+    shape = (case.tokens * case.slots, case.width)
+    rows = jax.random.normal(key_rows, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+    return (rows, row_map, jax.random.uniform(key_weights, row_map.shape, jnp.float32)), {}
+
+
+# The tokens of grouped_matmul.BENCHMARKS.
+BENCHMARKS = (
+    Case("nano", 16384, 6, 2688, 128),
+    Case("super", 8192, 22, 1024, 512),
+    Case("ultra", 8192, 22, 2048, 512),
+    Case("super_decode", 32, 22, 1024, 512),
+)
+
+
+def cost(case: Case) -> Cost:
+    """Of `permute`: copies out, their gradients summed back."""
+    entries = case.tokens * case.slots
+    moved = BF16 * case.width * (case.tokens + entries) + INT32 * 2 * entries
+    adds = float(entries * case.width)
+    return Cost(0.0, moved, adds, moved)
+
+
+def unpermute_cost(case: Case) -> Cost:
+    """Of `unpermute`: a weighted sum; backward reads the rows again, for the gradient of the weights."""
+    entries = case.tokens * case.slots
+    token_bytes, row_bytes = BF16 * case.tokens * case.width, BF16 * entries * case.width
+    small = (INT32 + FLOAT32) * entries
+    adds = 2.0 * entries * case.width
+    return Cost(
+        adds, token_bytes + row_bytes + small, 2 * adds, token_bytes + 2 * row_bytes + small + FLOAT32 * entries
+    )

@@ -29,8 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels.cost import BF16, FLOAT32, Cost
 from pallas_kernels.dispatch import choose, require_shape
 from pallas_kernels.segments import run_ids
+from pallas_kernels.ssd_mosaic import ssd_mosaic, unfit
 
 # Full float32 products also on GPUs, whose default rounds float32 operands to TF32.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -72,16 +74,10 @@ def ssd(
     Raises:
       ValueError: shapes do not fit, chunk_size < 1, or `impl` cannot run.
     """
-    batch, time, heads, head_dim = _check(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size)
-    dtype = jnp.result_type(x, dt, A, B, C, jnp.float32)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, head_dim, B.shape[3]), dtype)
-    run = jnp.zeros((batch, time), jnp.int32) if segment_ids is None else run_ids(segment_ids)
-    floats = (z.astype(dtype) for z in (x, dt, A, B, C, initial_state))
-    y_BTHP, state_BHPN = _IMPLEMENTATIONS[choose("ssd", impl)](*floats, run, chunk_size=min(chunk_size, time))
-    if D is not None:
-        y_BTHP = y_BTHP + D.astype(dtype)[:, None] * x.astype(dtype)
-    y_BTHP = y_BTHP.astype(x.dtype)
+    time = _check(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size)
+    run = None if segment_ids is None else run_ids(segment_ids)
+    implementation = _IMPLEMENTATIONS[choose("ssd", impl, unfit={"mosaic": unfit(x, B, C)})]
+    y_BTHP, state_BHPN = implementation(x, dt, A, B, C, D, initial_state, run, chunk_size=min(chunk_size, time))
     return (y_BTHP, state_BHPN) if return_final_state else y_BTHP
 
 
@@ -91,18 +87,26 @@ def ssd_reference(
     A: jax.Array,
     B_BTGN: jax.Array,
     C_BTGN: jax.Array,
-    state_BHPN: jax.Array,
-    run: jax.Array,
+    D: jax.Array | None,
+    state_BHPN: jax.Array | None,
+    run: jax.Array | None,
     *,
     chunk_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Chunked form: all arguments of one float dtype, run [B, T] -> y without the skip, final state.
+    """Chunked form in float32 (or float64): arguments as of `ssd`, run [B, T] from `run_ids` -> y, final state.
 
     Everything is transposed once to [B, Z, G, (R,) C, ...], so that each product below is a plain batched matmul:
     with time before the heads, XLA:CPU transposes around every product and the backward pass takes twice as long.
     """
+    out_dtype = x_BTHP.dtype
+    dtype = jnp.result_type(x_BTHP, dt_BTH, A, B_BTGN, C_BTGN, jnp.float32)
+    x_BTHP, dt_BTH, A, B_BTGN, C_BTGN = (z.astype(dtype) for z in (x_BTHP, dt_BTH, A, B_BTGN, C_BTGN))
     batch, time, heads, head_dim = x_BTHP.shape
     groups, state_dim = B_BTGN.shape[2:]
+    if state_BHPN is None:
+        state_BHPN = jnp.zeros((batch, heads, head_dim, state_dim), dtype)
+    if run is None:
+        run = jnp.zeros((batch, time), jnp.int32)
     length, chunks = chunk_size, -(-time // chunk_size)
     per_group = (groups, heads // groups)
 
@@ -143,7 +147,7 @@ def ssd_reference(
         keep_BGR, added_BGRPN = chunk
         return keep_BGR[..., None, None] * state_BGRPN + added_BGRPN, state_BGRPN
 
-    state_BGRPN = state_BHPN.reshape(batch, *per_group, head_dim, state_dim)
+    state_BGRPN = state_BHPN.astype(dtype).reshape(batch, *per_group, head_dim, state_dim)
     by_chunk = (jnp.moveaxis(keep_BZGR, 1, 0), jnp.moveaxis(added_BZGRPN, 1, 0))
     state_BGRPN, state_ZBGRPN = jax.lax.scan(next_chunk, state_BGRPN, by_chunk, unroll=4)
 
@@ -153,7 +157,9 @@ def ssd_reference(
     y_BZGRCP = y_BZGRCP + decay_BZGRC[..., None] * read_BZGRCP
 
     y_BTHP = y_BZGRCP.transpose(0, 1, 4, 2, 3, 5).reshape(batch, chunks * length, heads, head_dim)[:, :time]
-    return y_BTHP, state_BGRPN.reshape(batch, heads, head_dim, state_dim)
+    if D is not None:
+        y_BTHP = y_BTHP + D.astype(dtype)[:, None] * x_BTHP
+    return y_BTHP.astype(out_dtype), state_BGRPN.reshape(batch, heads, head_dim, state_dim)
 
 
 def ssd_sequential(
@@ -231,10 +237,13 @@ def _check(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size):
         raise ValueError(f"ssd: the heads of x ({heads}) must be a multiple of the groups of B and C ({groups})")
     if chunk_size < 1 or time < 1:
         raise ValueError(f"ssd: chunk_size and T must be at least 1, got chunk_size={chunk_size}, T={time}")
-    return x.shape
+    return time
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {"reference": ssd_reference}
+_IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "mosaic": ssd_mosaic,
+    "reference": ssd_reference,
+}
 
 
 class Case(NamedTuple):
@@ -268,15 +277,15 @@ def example_inputs(
     case: Case, seed: int = 0, dtype: DTypeLike = jnp.float32
 ) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
     """Random (args, kwargs) of `ssd` for a case; packed cases hold one-token documents and an id that returns."""
-    random = np.random.default_rng(seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), dtype)
+        return jax.random.normal(next(keys), shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
     batch, time, heads, groups = case.batch, case.time, case.heads, case.groups
     x = normal(batch, time, heads, case.head_dim)
-    dt = jnp.asarray(np.logaddexp(0, random.standard_normal((batch, time, heads))), dtype)  # softplus
-    A = jnp.asarray(-case.decay * np.exp(random.standard_normal(heads)), dtype)
+    dt = jax.nn.softplus(normal(batch, time, heads))
+    A = -case.decay * jnp.exp(normal(heads))
     B, C = normal(batch, time, groups, case.state_dim), normal(batch, time, groups, case.state_dim)
     kwargs: dict[str, Any] = {"D": normal(heads), "chunk_size": case.chunk_size}
     if case.packed:
@@ -287,3 +296,32 @@ def example_inputs(
     if case.initial_state:
         kwargs["initial_state"] = normal(batch, heads, case.head_dim, case.state_dim)
     return (x, dt, A, B, C), kwargs
+
+
+# The released models; a batch of Ultra is one row, since 256 heads of the reference do not fit otherwise.
+BENCHMARKS = (
+    Case("nano", 2, 8192, 64, 64, 8, 128, 128),
+    Case("nano_packed", 2, 8192, 64, 64, 8, 128, 128, packed=True),
+    Case("nano_64k", 1, 65536, 64, 64, 8, 128, 128, initial_state=True),
+    Case("super", 2, 8192, 128, 64, 8, 128, 128),
+    Case("ultra", 1, 8192, 256, 64, 8, 128, 128),
+    Case("nano-4b", 2, 8192, 96, 80, 8, 128, 256),
+)
+
+
+def cost(case: Case) -> Cost:
+    """C B^T, its product with u, the states and their reading; backward also C B^T and the states again.
+
+    dt is float32. Chunk states between the passes are not counted: a fused kernel need not store them.
+    """
+    tokens = case.batch * case.time
+    length = min(case.chunk_size, case.time)
+    inner, shared = case.heads * case.head_dim, case.groups * case.state_dim
+    scores, mixed, states = 2 * length * shared, 2 * length * inner, 2 * inner * case.state_dim
+    x_or_y, B_and_C, dt = BF16 * inner, 2 * BF16 * shared, FLOAT32 * case.heads
+    return Cost(
+        flops=tokens * (scores + mixed + 2 * states),
+        bytes=tokens * (2 * x_or_y + B_and_C + dt),
+        backward_flops=tokens * (3 * scores + 2 * mixed + 5 * states),
+        backward_bytes=tokens * (3 * x_or_y + 2 * B_and_C + 2 * dt),
+    )

@@ -269,7 +269,7 @@ NEITHER = "generate needs either --prompt=TEXT, or --prompt-tokens=IN.npy and --
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "needs one of the commands params, generate; got none."),
+        ([], "needs one of the commands params, generate, bench; got none."),
         (["parms"], "got 'parms'. Did you mean 'params'?"),
         (["--seq=3"], "got '--seq=3'."),
         (["params"], "params needs a preset (nano, lightning, "),
@@ -289,6 +289,20 @@ NEITHER = "generate needs either --prompt=TEXT, or --prompt-tokens=IN.npy and --
         (["generate", "--checkpoint=.", "--prompt=a", "--top-p=0"], "--top-p must be in (0, 1], got 0.0."),
         (["generate", "--checkpoint=.", "--prompt=a", "--top-k=-1"], "--top-k: expected a whole number"),
         (["generate", "--checkpoint=.", "--prompt=a", "--top_k=1"], "unknown flag --top_k. Did you mean '--top-k'?"),
+        (["bench"], "the following arguments are required: train|prefill|decode"),
+        (["bench", "trian", "--preset=nano"], "invalid choice: 'trian'"),
+        (["bench", "train"], "bench needs --preset=NAME"),
+        (["bench", "train", "--preset=nanno"], "Did you mean 'nano'?"),
+        (["bench", "train", "--preset=nano", "--pattern=MX"], "unknown letter 'X' at position 1"),
+        (["bench", "train", "--preset=nano", "--batch=0"], "--batch: expected a positive whole number, got '0'"),
+        (
+            ["bench", "train", "--preset=nano", "--remat=ful"],
+            "expected one of none, full, got 'ful'. Did you mean 'full'",
+        ),
+        (["bench", "train", "--preset=nano", "--mesh=fdsp=2"], "got 'fdsp=2'. Did you mean 'fsdp'?"),
+        (["bench", "train", "--preset=nano", "--mesh=fsdp"], "--mesh: expected AXIS=N,..."),
+        (["bench", "train", "--preset=nano", "--compile-for=h100"], "expected one of h200, b200,"),
+        (["bench", "train", "--preset=nano", "--compile-for=h200:9"], "1 to 8 devices or a multiple of 8"),
     ],
 )
 def test_the_front_door_refuses(refused, arguments: list[str], message: str):

@@ -1,9 +1,11 @@
-"""Log-probabilities of given tokens, without the [B, T, V] logits.
+"""Log-probabilities of given tokens, and their weighted sum, without the [B, T, V] logits.
 
-Tokens go through the head in chunks of time; each chunk's float32 logits are made, reduced and dropped, and made
-again in the backward pass. The gradient of the head's weight is summed over the chunks in float32, whatever the
-dtype of the operands: in bfloat16 the small contributions of multi-token prediction were lost, which made
-Ultra's pre-training diverge (Nemotron 3 Ultra report, 2.7).
+Tokens go through the head in chunks of time; each chunk's float32 logits are made, reduced and dropped. The weighted
+sum knows what each token weighs, so it makes the gradients of a chunk while its logits are there, and the backward
+pass only scales them; where the weights come later (`token_logprobs`), the logits are made again. The gradient of
+the head's weight is summed over the chunks in float32, whatever the dtype of the operands: in bfloat16 the small
+contributions of multi-token prediction were lost, which made Ultra's pre-training diverge (Nemotron 3 Ultra report,
+2.7).
 
 Shapes: B batch, T time, D model width, V vocabulary, C tokens of a chunk, Z chunks.
 """
@@ -11,6 +13,7 @@ Shapes: B batch, T time, D model width, V vocabulary, C tokens of a chunk, Z chu
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +21,9 @@ from jax import Array, lax
 
 from nemotron_jax.precision.matmul import gemm_precision
 
-# Float32 logits held at a time: 2^27 (512 MiB) keeps 1024 rows of a 131,072-token vocabulary, enough for full speed.
-MAX_LOGITS = 2**27
+# Float32 logits held at a time: 2^29 (2 GiB) keeps 4096 rows of a 131,072-token vocabulary. Each chunk reads and writes
+# the float32 gradient of the head's weight once, so a quarter of it would cost as much traffic as the logits.
+MAX_LOGITS = 2**29
 
 
 def head_logits(hidden: Array, weight: Array) -> Array:
@@ -46,7 +50,47 @@ def token_logprobs(hidden_BTD: Array, weight: Array, targets_BT: Array, max_logi
     Returns:
       [B, T] float32.
     """
-    return _forward(hidden_BTD, weight, targets_BT, max_logits)[0]
+    return _values(hidden_BTD, weight, targets_BT, max_logits)
+
+
+def _logprobs_fwd(hidden_BTD: Array, weight: Array, targets_BT: Array, max_logits: int) -> tuple[Array, Any]:
+    return _values(hidden_BTD, weight, targets_BT, max_logits), (hidden_BTD, weight, targets_BT)
+
+
+def _logprobs_bwd(max_logits: int, saved: tuple[Array, Array, Array], d_BT: Array) -> tuple[Array, Array, None]:
+    _, d_hidden_BTD, d_weight = _values_and_gradients(*saved, d_BT, max_logits)
+    return d_hidden_BTD, d_weight, None
+
+
+token_logprobs.defvjp(_logprobs_fwd, _logprobs_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_nll(
+    hidden_BTD: Array, weight: Array, targets_BT: Array, weights_BT: Array, max_logits: int = MAX_LOGITS
+) -> Array:
+    """-sum of weights_BT * `token_logprobs`, a float32 scalar: the same function at two thirds of the matmuls.
+
+    Args:
+      weights_BT: [B, T] float32, what each token's negative log-likelihood weighs in the loss.
+      hidden_BTD, weight, targets_BT, max_logits: as of `token_logprobs`.
+    """
+    return -(weights_BT * _values(hidden_BTD, weight, targets_BT, max_logits)).sum()
+
+
+def _nll_fwd(
+    hidden_BTD: Array, weight: Array, targets_BT: Array, weights_BT: Array, max_logits: int
+) -> tuple[Array, tuple[Array, ...]]:
+    logprobs_BT, *gradients = _values_and_gradients(hidden_BTD, weight, targets_BT, -weights_BT, max_logits)
+    return -(weights_BT * logprobs_BT).sum(), (*gradients, logprobs_BT)
+
+
+def _nll_bwd(_: int, saved: tuple[Array, Array, Array], d: Array) -> tuple[Array, Array, None, Array]:
+    d_hidden_BTD, d_weight, logprobs_BT = saved
+    return (d * d_hidden_BTD).astype(d_hidden_BTD.dtype), (d * d_weight).astype(d_weight.dtype), None, -d * logprobs_BT
+
+
+weighted_nll.defvjp(_nll_fwd, _nll_bwd)
 
 
 def _chunks(x_BT: Array, length: int) -> Array:
@@ -67,46 +111,46 @@ def _chunk_length(batch: int, time: int, vocab: int, max_logits: int) -> int:
     return -(-time // -(-time // most))
 
 
-def _forward(hidden_BTD: Array, weight: Array, targets_BT: Array, max_logits: int) -> tuple[Array, Array]:
+def _values(hidden_BTD: Array, weight: Array, targets_BT: Array, max_logits: int) -> Array:
     batch, time, _ = hidden_BTD.shape
     length = _chunk_length(batch, time, weight.shape[1], max_logits)
+    weight = weight.astype(hidden_BTD.dtype)
 
-    def chunk(_: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+    def chunk(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
         hidden_BCD, targets_BC = inputs
         logits_BCV = head_logits(hidden_BCD, weight)
-        lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        return None, (chosen_BC - lse_BC, lse_BC)
+        return None, _chosen(logits_BCV, targets_BC) - jax.nn.logsumexp(logits_BCV, axis=-1)
 
-    _, (logprobs, lse) = lax.scan(chunk, None, (_chunks(hidden_BTD, length), _chunks(targets_BT, length)))
-    return _join(logprobs, time), _join(lse, time)
+    inputs = (_chunks(hidden_BTD, length), _chunks(targets_BT, length))
+    return _join(lax.scan(chunk, None, inputs)[1], time)
 
 
-def _fwd(hidden_BTD: Array, weight: Array, targets_BT: Array, max_logits: int) -> tuple[Array, tuple[Array, ...]]:
-    logprobs_BT, lse_BT = _forward(hidden_BTD, weight, targets_BT, max_logits)
-    return logprobs_BT, (hidden_BTD, weight, targets_BT, lse_BT)
+def _chosen(logits_BCV: Array, targets_BC: Array) -> Array:
+    return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
 
 
-def _bwd(max_logits: int, saved: tuple[Array, ...], d_BT: Array) -> tuple[Array, Array, None]:
-    hidden_BTD, weight, targets_BT, lse_BT = saved
+def _values_and_gradients(
+    hidden_BTD: Array, weight: Array, targets_BT: Array, d_BT: Array, max_logits: int
+) -> tuple[Array, Array, Array]:
+    """Log-probabilities [B, T], and the gradients of hidden states and weight for cotangents d_BT of them."""
     batch, time, _ = hidden_BTD.shape
     vocab = weight.shape[1]
-    dtype = hidden_BTD.dtype
+    operands = hidden_BTD.dtype
+    cast_weight = weight.astype(operands)
     length = _chunk_length(batch, time, vocab, max_logits)
+    gemm = functools.partial(lax.dot_general, precision=gemm_precision(operands), preferred_element_type=jnp.float32)
 
-    def chunk(d_weight: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
-        hidden_BCD, targets_BC, lse_BC, d_BC = inputs
-        probabilities_BCV = jnp.exp(head_logits(hidden_BCD, weight) - lse_BC[..., None])
-        chosen_BCV = targets_BC[..., None] == jnp.arange(vocab)
-        d_logits_BCV = (d_BC[..., None] * (chosen_BCV - probabilities_BCV)).astype(dtype)
-        gemm = functools.partial(lax.dot_general, precision=gemm_precision(dtype), preferred_element_type=jnp.float32)
-        d_hidden_BCD = gemm(d_logits_BCV, weight.astype(dtype), (((2,), (1,)), ((), ())))
+    def chunk(d_weight: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        hidden_BCD, targets_BC, d_BC = inputs
+        logits_BCV = head_logits(hidden_BCD, cast_weight)
+        lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        is_target_BCV = targets_BC[..., None] == jnp.arange(vocab)
+        d_logits_BCV = d_BC[..., None] * (is_target_BCV - jnp.exp(logits_BCV - lse_BC[..., None]))
+        d_logits_BCV = d_logits_BCV.astype(operands)
+        d_hidden_BCD = gemm(d_logits_BCV, cast_weight, (((2,), (1,)), ((), ())))
         d_weight += gemm(hidden_BCD, d_logits_BCV, (((0, 1), (0, 1)), ((), ())))
-        return d_weight, d_hidden_BCD.astype(dtype)
+        return d_weight, (_chosen(logits_BCV, targets_BC) - lse_BC, d_hidden_BCD.astype(operands))
 
-    inputs = tuple(_chunks(x, length) for x in (hidden_BTD, targets_BT, lse_BT, d_BT))
-    d_weight, d_hidden = lax.scan(chunk, jnp.zeros(weight.shape, jnp.float32), inputs)
-    return _join(d_hidden, time), d_weight.astype(weight.dtype), None
-
-
-token_logprobs.defvjp(_fwd, _bwd)
+    inputs = tuple(_chunks(x, length) for x in (hidden_BTD, targets_BT, d_BT))
+    d_weight, (logprobs, d_hidden) = lax.scan(chunk, jnp.zeros(weight.shape, jnp.float32), inputs)
+    return _join(logprobs, time), _join(d_hidden, time), d_weight.astype(weight.dtype)

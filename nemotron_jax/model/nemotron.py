@@ -1,7 +1,7 @@
 """The whole model: embeddings -> layers by pattern letter -> norm_f -> lm_head, and the MTP module.
 
-``hidden`` returns hidden states; ``logits`` and ``token_logprobs`` are functions of them and the only path from
-hidden states to probabilities. Attributes are named as in the Hugging Face checkpoint.
+``hidden`` returns hidden states; ``logits``, ``token_logprobs`` and ``weighted_nll`` are functions of them and the only
+path from hidden states to probabilities. Attributes are named as in the Hugging Face checkpoint.
 
 Shapes: B batch, T time, D model width, V vocabulary.
 """
@@ -131,6 +131,10 @@ class Nemotron(nnx.Module):
     def token_logprobs(self, hidden_BTD: Array, targets_BT: Array) -> Array:
         """log p(targets) [B, T] float32, never holding [B, T, V] (see logprobs.py)."""
         return logprobs.token_logprobs(hidden_BTD, self.lm_head.weight[...], targets_BT)
+
+    def weighted_nll(self, hidden_BTD: Array, targets_BT: Array, weights_BT: Array) -> Array:
+        """-sum of weights * token_logprobs, a scalar with a cheaper gradient (see logprobs.py)."""
+        return logprobs.weighted_nll(hidden_BTD, self.lm_head.weight[...], targets_BT, weights_BT)
 
     def init_state(
         self,

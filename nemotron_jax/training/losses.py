@@ -57,12 +57,12 @@ def loss_fn(
     depths, mtp_aux = model.mtp_hidden(hidden_BTD, batch.tokens, ctx, remat=train.remat)
     weights = depth_weights(batch, len(depths))
 
-    nll = -(weights[0] * model.token_logprobs(hidden_BTD, batch.targets)).sum() / total_weights[0]
+    nll = model.weighted_nll(hidden_BTD, batch.targets, weights[0] / total_weights[0])
     metrics = {"loss": nll}
     loss = nll
     for k, hidden_k_BTD in enumerate(depths, start=1):
         targets_BT, _ = shift_left(batch.targets, k, batch.segment_ids)
-        nll = -(weights[k] * model.token_logprobs(hidden_k_BTD, targets_BT)).sum() / total_weights[k]
+        nll = model.weighted_nll(hidden_k_BTD, targets_BT, weights[k] / total_weights[k])
         metrics[f"mtp_loss_{k}"] = nll
         assert config.mtp is not None
         loss += config.mtp.loss_factor / len(depths) * nll

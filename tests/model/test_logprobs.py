@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemotron_jax.model.logprobs import head_logits, token_logprobs
+from nemotron_jax.model.logprobs import head_logits, token_logprobs, weighted_nll
 
 
 def plain(hidden, weight, targets):
@@ -22,13 +22,17 @@ def test_values_and_gradients(max_logits, rng):
     scale = jnp.asarray(rng.normal(size=(2, 11)), jnp.float32)
 
     def through(function):
-        return jax.value_and_grad(lambda h, w: (scale * function(h, w, targets)).sum(), argnums=(0, 1))(hidden, weight)
+        return jax.value_and_grad(lambda *a: 3 * function(*a), argnums=(0, 1, 2))(hidden, weight, scale)
 
-    value, gradients = through(lambda h, w, t: token_logprobs(h, w, t, max_logits))
-    expected, expected_gradients = through(plain)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
+    expected, expected_gradients = through(lambda h, w, s: (s * plain(h, w, targets)).sum())
+    for function in (
+        lambda h, w, s: (s * token_logprobs(h, w, targets, max_logits)).sum(),
+        lambda h, w, s: -weighted_nll(h, w, targets, s, max_logits),
+    ):
+        value, gradients = through(function)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+            np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=2e-5)
 
 
 def test_head_gradient_is_summed_in_float32(rng):
@@ -36,9 +40,13 @@ def test_head_gradient_is_summed_in_float32(rng):
     hidden = jnp.ones((1, 2048, 1), jnp.bfloat16)
     weight = jnp.zeros((1, 2), jnp.float32)
     targets = jnp.zeros((1, 2048), jnp.int32)
-    gradient = jax.grad(lambda w: token_logprobs(hidden, w, targets, 2 * 8).sum())(weight)
-    assert gradient.dtype == jnp.float32
-    np.testing.assert_allclose(gradient, [[1024, -1024]], rtol=1e-6)
+    for function in (
+        lambda w: token_logprobs(hidden, w, targets, 2 * 8).sum(),
+        lambda w: -weighted_nll(hidden, w, targets, jnp.ones((1, 2048)), 2 * 8),
+    ):
+        gradient = jax.grad(function)(weight)
+        assert gradient.dtype == jnp.float32
+        np.testing.assert_allclose(gradient, [[1024, -1024]], rtol=1e-6)
 
 
 def test_full_logits_are_never_held(rng):
@@ -46,10 +54,9 @@ def test_full_logits_are_never_held(rng):
     hidden = jnp.zeros((2, 64, 8), jnp.bfloat16)
     weight = jnp.zeros((8, 1000), jnp.float32)
     targets = jnp.zeros((2, 64), jnp.int32)
-    compiled = (
-        jax.jit(jax.grad(lambda h, w: token_logprobs(h, w, targets, 2 * 1000 * 4).sum(), argnums=(0, 1)))
-        .lower(hidden, weight)
-        .compile()
-    )
-    text = compiled.as_text()
-    assert "2,4,1000]" in text and "2,64,1000]" not in text and "128,1000]" not in text
+    for function in (
+        lambda h, w: token_logprobs(h, w, targets, 2 * 1000 * 4).sum(),
+        lambda h, w: weighted_nll(h, w, targets, jnp.ones((2, 64)), 2 * 1000 * 4),
+    ):
+        text = jax.jit(jax.grad(function, argnums=(0, 1))).lower(hidden, weight).compile().as_text()
+        assert "2,4,1000]" in text and "2,64,1000]" not in text and "128,1000]" not in text

@@ -1,5 +1,6 @@
 """Attention against a loop over queries, query blocks against all at once, and decoding against the full pass."""
 
+import importlib
 from functools import partial
 
 import jax
@@ -13,10 +14,12 @@ from pallas_kernels.attention import (
     DECODE_CASES,
     PLAIN_PAIRS,
     QUERY_BLOCK,
+    DecodeCase,
     attention_reference,
     decode_example_inputs,
     example_inputs,
 )
+from pallas_kernels.dispatch import compiling_for
 
 
 def loop(q, k, v, causal=True, segment_ids=None, kv_segment_ids=None, scale=None):
@@ -145,6 +148,41 @@ def test_unwritten_cache_may_hold_anything():
     unwritten = (jnp.arange(case.page_size) >= lengths[:, None] + case.time)[..., None, None]
     dirty = (jnp.where(unwritten, jnp.nan, cache) for cache in (k_cache, v_cache))
     np.testing.assert_array_equal(decode_attention(q, *dirty, lengths), decode_attention(q, k_cache, v_cache, lengths))
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_prompts_in_blocks_and_by_attention_over_themselves(paged, monkeypatch):
+    """Long calls: the reference takes queries in blocks; a prompt into an empty cache attends to itself (cuDNN)."""
+    case = DecodeCase("prompt", 2, 11, 4 if paged else 1, 5 if paged else 20, 4, 2, 8, paged)
+    (q, k_cache, v_cache, _), kwargs = decode_example_inputs(case)
+    module = importlib.import_module("pallas_kernels.attention")
+
+    def own(q, k, v, run, *, scale):
+        assert run is None and k.shape == v.shape == (2, 11, 2, 8)
+        return attention_reference(q, k, v, None, None, causal=True, scale=scale)
+
+    monkeypatch.setattr(module.attention_cudnn, "attention", own)
+    table = kwargs.get("page_table")
+    for lengths in (jnp.zeros(2, jnp.int32), jnp.array([0, 7])):
+        want = decode_attention(q, k_cache, v_cache, lengths, page_table=table, scale=0.3)
+        prompt = module._decode_cudnn(q, k_cache, v_cache, lengths, table, scale=0.3)
+        np.testing.assert_allclose(prompt, want, atol=1e-6)
+        monkeypatch.setattr(module, "PLAIN_PAIRS", 0)
+        monkeypatch.setattr(module, "QUERY_BLOCK", 4)
+        blocks = decode_attention(q, k_cache, v_cache, lengths, page_table=table, scale=0.3)
+        np.testing.assert_allclose(blocks, want, atol=1e-6)
+
+
+def test_hopper_gives_prompts_to_cudnn():
+    q, cache = jnp.zeros((2, 64, 32, 128), jnp.bfloat16), jnp.zeros((2, 256, 2, 128), jnp.bfloat16)
+
+    def primitives(q, cache):
+        with compiling_for("sm_90a"):
+            return str(jax.make_jaxpr(decode_attention)(q, cache, cache, jnp.zeros(2, jnp.int32)))
+
+    assert "dot_product_attention_fwd" in primitives(q, cache)
+    assert "dot_product_attention" not in primitives(q, cache[:, :63])  # longer than the cache
+    assert "dot_product_attention" not in primitives(q[:, :1], cache)
 
 
 def test_wrong_arguments():

@@ -1,0 +1,234 @@
+"""Every op with its cases, inputs, truth and cost: what tests, `python -m pallas_kernels` and compile checks run over.
+
+A new op gets all of them by one entry of SUITE. The op's file gives CASES (small, for tests), BENCHMARKS (shapes of
+the released models), ``example_inputs(case, seed, dtype)``, traceable, and ``cost(case)``.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels import dispatch
+from pallas_kernels.cost import Cost
+
+# Modules, since the package exports functions by the same names.
+_ssd = importlib.import_module("pallas_kernels.ssd")
+_conv = importlib.import_module("pallas_kernels.causal_conv1d")
+_grouped = importlib.import_module("pallas_kernels.grouped_matmul")
+_attention = importlib.import_module("pallas_kernels.attention")
+_permute = importlib.import_module("pallas_kernels.permute")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Attributes:
+      function: the public function.
+      cases, benchmarks: each has a ``name``.
+      example_inputs: (case, seed, dtype) -> (args, kwargs).
+      cost: case -> Cost.
+      float32: inputs that the model keeps in float32 beside bfloat16 activations.
+      truth: implementation that, in float32, the others are compared with at any size.
+      checked: settings that a check adds, to see outputs that a benchmark leaves out.
+      backward: whether the op has gradients.
+    """
+
+    function: Callable[..., Any]
+    cases: tuple[Any, ...]
+    benchmarks: tuple[Any, ...]
+    example_inputs: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
+    cost: Callable[[Any], Cost]
+    float32: tuple[str, ...] = ()
+    truth: str = "reference"
+    checked: Mapping[str, Any] = field(default_factory=dict)
+    backward: bool = True
+
+
+SUITE = {
+    "ssd": Op(
+        _ssd.ssd,
+        _ssd.CASES,
+        _ssd.BENCHMARKS,
+        _ssd.example_inputs,
+        _ssd.cost,
+        float32=("dt", "A", "D", "initial_state"),
+        checked={"return_final_state": True},
+    ),
+    "causal_conv1d": Op(
+        _conv.causal_conv1d,
+        _conv.CASES,
+        _conv.BENCHMARKS,
+        _conv.example_inputs,
+        _conv.cost,
+        checked={"return_final_state": True},
+    ),
+    "grouped_matmul": Op(
+        _grouped.grouped_matmul,
+        _grouped.CASES,
+        _grouped.BENCHMARKS,
+        _grouped.example_inputs,
+        _grouped.cost,
+        truth="blocked",  # ragged_dot expands to the rows times the groups on GPUs
+    ),
+    "attention": Op(
+        _attention.attention,
+        _attention.CASES,
+        _attention.BENCHMARKS,
+        _attention.example_inputs,
+        _attention.cost,
+    ),
+    "decode_attention": Op(
+        _attention.decode_attention,
+        _attention.DECODE_CASES,
+        _attention.DECODE_BENCHMARKS,
+        _attention.decode_example_inputs,
+        _attention.decode_cost,
+        backward=False,
+    ),
+    "permute": Op(
+        _permute.permute,
+        _permute.CASES,
+        _permute.BENCHMARKS,
+        _permute.example_inputs,
+        _permute.cost,
+    ),
+    "unpermute": Op(
+        _permute.unpermute,
+        _permute.CASES,
+        _permute.BENCHMARKS,
+        _permute.unpermute_example_inputs,
+        _permute.unpermute_cost,
+        float32=("weights",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of a call by name: ``arrays`` (or their shapes) and ``settings``, which are static."""
+
+    arrays: dict[str, Any]
+    settings: dict[str, Any]
+
+    def cast(self, dtype: DTypeLike) -> "Inputs":
+        """The same with every float array in ``dtype``."""
+        arrays = {name: z.astype(dtype) if _is_float(z) else z for name, z in self.arrays.items()}
+        return Inputs(arrays, self.settings)
+
+
+def inputs(op: str, case: Any, seed: int = 0, dtype: DTypeLike = jnp.bfloat16, *, abstract: bool = False) -> Inputs:
+    """Random inputs of a case, made on the device; ``abstract``: shapes and dtypes only, whatever the size."""
+    entry = SUITE[op]
+    settings: dict[str, Any] = {}
+
+    def arrays() -> dict[str, jax.Array]:
+        args, kwargs = entry.example_inputs(case, seed, jnp.float32)
+        named = inspect.signature(entry.function).bind(*args, **kwargs).arguments
+        settings.update({name: value for name, value in named.items() if not isinstance(value, jax.Array)})
+        return {
+            name: value.astype(dtype) if _is_float(value) and name not in entry.float32 else value
+            for name, value in named.items()
+            if isinstance(value, jax.Array)
+        }
+
+    return Inputs(jax.eval_shape(arrays) if abstract else jax.jit(arrays)(), settings)
+
+
+def _is_float(z: Any) -> bool:
+    return jnp.issubdtype(z.dtype, jnp.floating)
+
+
+def forward(op: str, impl: str | None, settings: Mapping[str, Any]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """A function {name: array} -> tuple of outputs."""
+
+    def call(arrays: dict[str, Any]) -> tuple[Any, ...]:
+        out = SUITE[op].function(**arrays, **settings, impl=impl)
+        return out if isinstance(out, tuple) else (out,)
+
+    return call
+
+
+def forward_backward(
+    op: str, impl: str | None, settings: Mapping[str, Any]
+) -> Callable[[dict[str, Any], list[Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A function (arrays, gradients of the float outputs) -> (outputs, {name: gradient of a float input})."""
+    call = forward(op, impl, settings)
+
+    def both(arrays: dict[str, Any], d_outputs: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        floats = {name: z for name, z in arrays.items() if _is_float(z)}
+
+        def of_floats(floats: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...]]:
+            outputs = call(arrays | floats)
+            return [z for z in outputs if _is_float(z)], outputs
+
+        _, pullback, outputs = jax.vjp(of_floats, floats, has_aux=True)
+        return outputs, pullback(d_outputs)[0]
+
+    return both
+
+
+def output_gradients(op: str, given: Inputs, seed: int = 0, *, abstract: bool = False) -> list[Any]:
+    """Random gradients of the float outputs of a call, in their dtypes."""
+    shapes = jax.eval_shape(forward(op, "reference", given.settings), given.arrays)
+    floats = [shape for shape in shapes if _is_float(shape)]
+    if abstract:
+        return floats
+
+    def make() -> list[jax.Array]:
+        keys = jax.random.split(jax.random.key(seed + 1), len(floats))
+        return [jax.random.normal(k, z.shape, jnp.float32).astype(z.dtype) for k, z in zip(keys, floats, strict=True)]
+
+    return jax.jit(make)()
+
+
+def implementations(op: str, given: Inputs) -> dict[str, str]:
+    """{implementation: "" or why it cannot take these inputs here (or on the GPU that `compiling_for` names)}."""
+    reasons = {}
+    for impl in dispatch.OPS[op]:
+        try:
+            jax.eval_shape(forward(op, impl, given.settings), given.arrays)
+            reasons[impl] = ""
+        except ValueError as error:
+            reasons[impl] = str(error)
+    return reasons
+
+
+def errors(op: str, case: Any, impl: str, seed: int = 0, dtype: DTypeLike = jnp.bfloat16) -> dict[str, float]:
+    """Relative Frobenius errors ||got - want|| / ||want|| of every output and gradient; want is the float32 truth.
+
+    Integer outputs count 0 when equal, else infinity; NaN counts as infinity.
+    """
+    entry = SUITE[op]
+    given = inputs(op, case, seed, dtype)
+    given = Inputs(given.arrays, given.settings | dict(entry.checked))
+    d_outputs = output_gradients(op, given, seed) if entry.backward else []
+
+    def run(impl: str, given: Inputs, d_outputs: list[Any]) -> dict[str, jax.Array]:
+        if not entry.backward:
+            outputs, grads = jax.jit(forward(op, impl, given.settings))(given.arrays), {}
+        else:
+            outputs, grads = jax.jit(forward_backward(op, impl, given.settings))(given.arrays, d_outputs)
+        named = {f"out{i or ''}": z for i, z in enumerate(outputs)}
+        return named | {f"d_{name}": z for name, z in grads.items()}
+
+    want = run(entry.truth, given.cast(jnp.float32), [z.astype(jnp.float32) for z in d_outputs])
+    got = run(impl, given, d_outputs)
+    return {name: float(_distance(got[name], want[name])) for name in want}
+
+
+@jax.jit
+def _distance(got, want):
+    if not _is_float(want):
+        return jnp.where((got == want).all(), 0.0, jnp.inf)
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    # Zeros (all groups empty) have to be met exactly.
+    size = jnp.linalg.norm(want)
+    error = jnp.linalg.norm(got - want) / jnp.where(size > 0, size, 1e-30)
+    return jnp.where(jnp.isnan(error), jnp.inf, error)

@@ -1,0 +1,87 @@
+"""The backward kernel of the convolution, interpreted on the CPU with race detection, against autodiff in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import causal_conv1d, causal_conv1d_mosaic
+from pallas_kernels.causal_conv1d import causal_conv1d_reference
+from pallas_kernels.causal_conv1d_mosaic import backward, unfit
+from pallas_kernels.dispatch import compiling_for
+from pallas_kernels.segments import run_ids
+
+
+def operands(batch, time, channels, taps, *, bias, state, packed):
+    random = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+    x, dy = (normal(batch, time, channels).astype(jnp.bfloat16) for _ in range(2))
+    w = normal(channels, taps)
+    b = normal(channels) if bias else None
+    s = normal(batch, taps - 1, channels) if state else None
+    changed = np.concatenate([random.random((batch, time - 8)) < 0.4, np.zeros((batch, 8), bool)], axis=1)
+    run = run_ids(jnp.asarray(np.cumsum(changed, axis=1) % 2)) if packed else None  # many of one token, ids come back
+    return x, w, b, s, run, dy
+
+
+@pytest.mark.parametrize(
+    ("shape", "taps", "silu", "given"),
+    [
+        ((2, 37, 256), 4, True, {"bias": True, "state": True, "packed": True}),  # three chunks, the last one cut
+        ((1, 16, 512), 4, True, {"bias": True, "state": False, "packed": False}),
+        ((1, 24, 256), 3, False, {"bias": False, "state": True, "packed": False}),
+    ],
+)
+def test_gradients(shape, taps, silu, given):
+    x, w, bias, state, run, dy = operands(*shape, taps, **given)
+
+    def reference(x, w, bias, state):
+        return causal_conv1d_reference(x, w, bias, state, run, activation="silu" if silu else None)
+
+    _, pull = jax.vjp(reference, x.astype(jnp.float32), w, bias, state)
+    want = pull(dy.astype(jnp.float32))
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    got = backward(x, w, bias, state, run, dy, silu=silu, chunk=16, interpret=interpret)
+    np.testing.assert_allclose(got[0].astype(jnp.float32), want[0], rtol=2**-8, atol=1e-5)  # rounded once
+    for dz, want_dz in zip(got[1:], want[1:], strict=True):
+        if want_dz is not None:
+            np.testing.assert_allclose(dz, want_dz, rtol=1e-4, atol=1e-4)
+
+
+def test_operands_that_do_not_fit():
+    x, w = jnp.ones((1, 8, 256), jnp.bfloat16), jnp.ones((256, 4))
+    assert unfit(x, w) == ""
+    assert "bfloat16, got float32" in unfit(x.astype(jnp.float32), w)
+    assert "a multiple of 256, got 255" in unfit(x[..., 1:], w[1:])
+    assert "2 to 8 taps, got 1" in unfit(x, w[:, :1])
+    assert "2 to 8 taps, got 9" in unfit(x, jnp.ones((256, 9)))
+
+
+@pytest.mark.parametrize("given", [{"bias": True, "state": True}, {"bias": False, "state": False}])
+def test_gradients_have_the_dtypes_of_the_inputs(given, monkeypatch):
+    """What surrounds the kernel: which gradient belongs to which input, and no gradient for what is absent."""
+    x, w, bias, state, run, dy = operands(1, 16, 256, 4, packed=True, **given)
+    w = w.astype(jnp.bfloat16)
+
+    def interpreted(*args, **kwargs):
+        return backward(*args, **kwargs, interpret=plgpu.InterpretGPUParams())
+
+    monkeypatch.setattr(causal_conv1d_mosaic, "backward", interpreted)
+
+    def grads(x, impl):
+        def call(x, w, bias, state):
+            with compiling_for("sm_90a"):
+                return causal_conv1d(x, w, bias, initial_state=state, segment_ids=run, impl=impl)
+
+        y, pull = jax.vjp(call, x, w, bias, state)
+        return y, *pull(dy.astype(y.dtype))
+
+    for got, want in zip(grads(x, None), grads(x.astype(jnp.float32), "reference"), strict=True):
+        assert (got is None) == (want is None)
+        if got is not None and want is not None:
+            assert got.dtype == (jnp.float32 if want.shape in ((256,), (1, 3, 256)) else jnp.bfloat16)
+            np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-7, atol=2e-2)
