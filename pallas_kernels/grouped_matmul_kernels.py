@@ -60,7 +60,7 @@ class RowTiles(NamedTuple):
     row: jax.Array  # [T]
     begin: jax.Array  # [T]
     end: jax.Array  # [T]
-    used: jax.Array  # [1], tiles in use
+    last: jax.Array  # [E + 1], tiles up to each group's last: at the end, how many are in use
     starts: jax.Array  # [E + 1], first row of each group, and the end of the last
 
 
@@ -236,10 +236,10 @@ def multiply_rows(
         union = plgpu.RefUnion(swizzled(*shape, dtype=lhs.dtype), plgpu.SMEM(shape, lhs.dtype))
         pl.run_scoped(functools.partial(work, *refs), union, union, collective_axes="wg")
 
-    def work(group, row, begin, end, used, lhs_hbm, rhs_hbm, out_hbm, lhs_smem, rhs_smem, full, free, *buffers):
+    def work(group, row, begin, end, last, lhs_hbm, rhs_hbm, out_hbm, lhs_smem, rhs_smem, full, free, *buffers):
         warpgroup = lax.axis_index("wg")
         ring = _Ring(plan, full, free)
-        my_tiles, tile_of = _my_share(used[0] * column_tiles, plan)
+        my_tiles, tile_of = _my_share(last[groups] * column_tiles, plan)
 
         def place(i):
             """Row tile and first column of tile i."""

@@ -77,15 +77,19 @@ def _whole_atoms(z):
 
 
 def row_tiles(group_sizes: jax.Array, rows: int) -> RowTiles:
-    """Cut `rows` rows, sorted by group, into tiles; computed on the device in a few small fusions."""
+    """Cut `rows` rows, sorted by group, into tiles; computed on the device in four small kernels."""
     groups = group_sizes.shape[0]
     most = (rows + (groups + 1) * (TILE_ROWS + ALIGN - 2)) // TILE_ROWS
-    starts = jnp.minimum(jnp.pad(jnp.cumsum(group_sizes), (1, 0)), rows).astype(jnp.int32)
-    ends = jnp.append(starts[1:], rows)
+    group = jnp.arange(groups + 1, dtype=jnp.int32)
+    # A masked sum is one kernel, a cumulative sum of so few numbers four.
+    size_before = jnp.where(group[:groups] < group[:, None], group_sizes, 0)
+    size_until = jnp.where(group[:groups] <= group[:, None], group_sizes, 0)
+    starts = jnp.minimum(size_before.sum(1, dtype=jnp.int32), rows)
+    ends = jnp.where(group == groups, rows, jnp.minimum(size_until.sum(1, dtype=jnp.int32), rows))
     first = starts & -ALIGN
     tiles = jnp.where(ends > starts, (ends - first + TILE_ROWS - 1) // TILE_ROWS, 0)
-    last = jnp.cumsum(tiles)
+    last = jnp.where(group <= group[:, None], tiles, 0).sum(1, dtype=jnp.int32)
     tile = jnp.arange(most, dtype=jnp.int32)
-    group = jnp.minimum((last <= tile[:, None]).sum(1, dtype=jnp.int32), groups)
-    row = first[group] + (tile - (last - tiles)[group]) * TILE_ROWS
-    return RowTiles(group, row, starts[group], ends[group], last[-1:], starts)
+    mine = jnp.minimum((last <= tile[:, None]).sum(1, dtype=jnp.int32), groups)
+    row = first[mine] + (tile - (last - tiles)[mine]) * TILE_ROWS
+    return RowTiles(mine, row, starts[mine], ends[mine], last, starts)

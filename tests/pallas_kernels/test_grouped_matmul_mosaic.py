@@ -123,7 +123,7 @@ def test_row_tiles_cover_every_row_once():
         tiles = cut(sizes, rows)
         group_of_row = np.repeat(np.arange(groups + 1), [*sizes, rows - total])
         owners = np.zeros(rows, int)
-        for t in range(int(tiles.used[0])):
+        for t in range(int(tiles.last[-1])):
             first, begin, end = int(tiles.row[t]), int(tiles.begin[t]), int(tiles.end[t])
             mine = slice(max(begin, first), min(end, first + TILE_ROWS))
             assert first % ALIGN == 0
