@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -146,6 +147,8 @@ def joined(flags: Processes, *, connect_seconds: float = CONNECT_SECONDS) -> Ite
 
 
 def _connect(start: Start, seconds: float) -> None:
+    if start.process_id == 0 and start.coordinator_address is not None:
+        _check_free(start.coordinator_address)
     # The service would take SIGTERM for itself, and every process would have to be told: training/signals.py does.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX ends the process with a stack trace when its own time is up: ours comes first.
@@ -173,19 +176,27 @@ def _connect(start: Start, seconds: float) -> None:
         alarm.cancel()
 
 
+def _check_free(address: str) -> None:
+    """JAX's service does not survive a port that is taken."""
+    try:
+        with socket.create_server(("", int(address.rpartition(":")[2]))):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"process 0 cannot listen on --coordinator={address} ({error.strerror}): name another port."
+        ) from error
+
+
 def _address(start: Start) -> str:
     return global_state.coordinator_address or start.coordinator_address or "an unknown address"
 
 
 def _give_up(start: Start, seconds: float) -> None:
     address, count = _address(start), start.num_processes or global_state.num_processes
-    if start.process_id == 0:
-        what = f"waited {seconds:.0f} s at {address} for the other {count - 1} processes, and not all of them came"
-    else:
-        what = f"waited {seconds:.0f} s for process 0 at {address} and for the other processes of {count}, in vain"
+    where = "at" if start.process_id == 0 else "for process 0 at"
     _say(
-        f"error: process {start.process_id} {what}. Start all {count} processes with the same command, and make sure "
-        "that each can reach this address."
+        f"error: process {start.process_id} waited {seconds:.0f} s {where} {address}, and not all {count} came "
+        "together there. Start each of them with the same command, and make sure that they can reach this address."
     )
     os._exit(2)
 

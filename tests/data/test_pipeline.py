@@ -184,7 +184,7 @@ def test_blend_draws_by_weight(make, documents_of, tmp_path):
     assert windows.max() <= 11
     assert seen(batches) & seen(made.validation_batches(1000)) == set()
     assert {number > 200 for number in seen(made.validation_batches(1000))} == {False, True}
-    halves = [make(index, 2, blend=blend).train_iterator() for index in range(2)]
+    halves = [make((index, 2), blend=blend).train_iterator() for index in range(2)]
     for batch, *others in zip(batches[:20], *halves, strict=False):
         assert same(batch, jax.tree.map(lambda *arrays: np.concatenate(arrays), *others))
     resumed = make(blend=blend).train_iterator()

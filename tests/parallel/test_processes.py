@@ -1,5 +1,6 @@
 """How processes find each other; real ones run in tests/test_many_processes.py."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from nemotron_jax.errors import ConfigError
 from nemotron_jax.parallel import mesh as meshes
-from nemotron_jax.parallel.processes import Agreement, Start, find, in_turn
+from nemotron_jax.parallel.processes import Agreement, Start, find, in_turn, joined
 from nemotron_jax.run_config import ParallelConfig, Processes
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,13 @@ main(run)
     assert done.returncode == 2, done.stderr
     assert f"127.0.0.1:{unused_port}" in done.stderr and "waited 2 s" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on --coordinator=here:{port} .* name another port"):
+            joined(Processes(f"here:{port}", 2, 0)).__enter__()
 
 
 def test_one_process_has_nobody_to_ask():
