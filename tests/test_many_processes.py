@@ -194,7 +194,7 @@ def test_a_killed_process_ends_the_others(victim, text, tmp_path, unused_port):
     assert time.monotonic() - started < 60
     code, output = ends[1 - victim]
     assert code not in (0, 2, 3, 75), output
-    assert "has lost another process" in output or "another task died" in output
+    assert "has lost another process" in output or "another task died" in output, output
     again = run(text, tmp_path / "run", unused_port, 2)
     assert again.losses() == undisturbed.losses()
 

@@ -213,7 +213,7 @@ def _leave(error: BaseException) -> NoReturn:
     if isinstance(error, UserError):
         _say(f"error: {who}{error}")
         code = 2
-    elif isinstance(error, jax.errors.JaxRuntimeError) and _is_of_others(error):
+    elif isinstance(error, Exception) and _is_of_others(error):
         line = str(error).strip().splitlines()[0][:300]
         _say(
             f"error: process {me} has lost another process of the run, whose own messages say why ({line}). "
@@ -229,8 +229,10 @@ def _leave(error: BaseException) -> NoReturn:
 
 
 def _is_of_others(error: Exception) -> bool:
-    """Whether communication failed: gloo and NCCL report a peer that is gone in words of their own."""
-    words = ("gloo", "nccl", "connection", "coordination", "unavailable", "deadline_exceeded", "timed out", "peer")
+    """Whether communication failed: what reports a peer that is gone does so in words, and exceptions, of its own."""
+    words = ["gloo", "nccl", "coordination service"]
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        words += ["connection", "unavailable", "deadline_exceeded", "timed out"]
     return any(word in str(error).lower() for word in words)
 
 
