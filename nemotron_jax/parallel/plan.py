@@ -15,7 +15,6 @@ Peaks are those that makers publish, so times are lower bounds, and shares of th
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -189,46 +188,74 @@ class Plan:
         return memory | {"total": sum(memory.values())}
 
     def _peak(self) -> tuple[float, float]:
-        """(activations, gradients) when their sum is largest: the backward pass gives up the former for the latter."""
-        kept = sum(part.stored * part.runs * self._kept(part) for part in self.parts)
-        gradients, most = 0.0, (0.0, 0.0)
-        for part in reversed(self.parts):  # kinds as a whole, not layers: their order changes little
-            own = 4 * part.stored * self._elements(part)
-            before, after = (kept, gradients), (kept - part.stored * part.runs * self._kept(part), gradients + own)
-            for activations, sums in (before, after):
-                most = max(most, (activations + self._at_work(part), sums), key=sum)
-            kept, gradients = after
+        """(activations, gradients) when their sum is largest, over the forward and the backward pass.
+
+        The backward pass gives up what was kept and makes gradients. The head does so in the forward pass.
+        """
+        order = self._order()
+        kept, most = 0.0, (0.0, 0.0)
+        for part in order:
+            if part.name == "head":
+                most = max(most, (kept + self._head(), 0.0), key=sum)
+            kept += self._kept(part)
+        gradients, made = 0.0, set()
+        for part in reversed(order):
+            kept -= self._kept(part)
+            if part.stored > 1 or part.name not in made:
+                gradients += self._gradient(part)
+                made.add(part.name)
+            if part.name != "head":
+                most = max(most, (kept + self._kept(part) + self._at_work(part), gradients), key=sum)
         return most
 
+    def _order(self) -> list[Part]:
+        """One part for each run of each layer, as in a forward pass."""
+        named = {part.name: part for part in self.parts}
+        names = ["embeddings", *self.model.pattern, "head"]
+        if self.model.mtp is not None:
+            depth = ["embeddings", "mtp eh_proj", *(f"mtp {letter}" for letter in self.model.mtp.pattern), "head"]
+            names += depth * self.model.mtp.depth
+        return [named[name] for name in names]
+
+    def _gradient(self, part: Part) -> float:
+        """Bytes of one layer's gradients: float32; of experts that are whole here, in the dtype of the operands."""
+        total = 0.0
+        for path, (shape, axes) in part.tensors.items():
+            cut = self._cut(shape, axes)
+            size = self.work.operands if "/experts/" in path and "fsdp" not in cut else 4
+            total += size * math.prod(shape) / math.prod(cut.values())
+        return total
+
     def _saved(self, part: Part) -> float:
-        """Bytes that one run leaves, were nothing recomputed."""
-        saved, tensor = part.saved, self.sizes["tensor"]
-        inside = saved.inner / tensor + saved.wide
-        copies = saved.copies / tensor / self.sizes["expert"]
-        if self.sizes["expert"] > 1:  # rows are sent once more instead (parallel/experts.py)
-            return self.tokens * inside + copies
-        return self.tokens * (inside + saved.rows) + copies
+        """Bytes that one run of a layer leaves, were nothing recomputed."""
+        saved, tensor, experts = part.saved, self.sizes["tensor"], self.sizes["expert"]
+        rows = saved.rows if experts == 1 else 0.0  # they are sent once more instead (parallel/experts.py)
+        return self.tokens * (saved.wide + (saved.inner + rows) / tensor) + saved.copies / tensor / experts
 
     def _kept(self, part: Part) -> float:
         """Bytes that one run leaves until its backward pass."""
-        if self.work.remat == "full" and part.flops and part.name[-1] in "M*E-":
-            return self.tokens * self.model.hidden_size * self.work.operands
-        return self._saved(part)
+        wide = self.tokens * self.model.hidden_size * self.work.operands
+        if part.name == "head":  # its gradients are made at once
+            return 4 * self._elements(part) + wide
+        if part.name in ("embeddings", "mtp eh_proj"):
+            return wide if part.name == "embeddings" else 3 * wide
+        return wide if self.work.remat == "full" else self._saved(part)
 
     def _at_work(self, part: Part) -> float:
         """Bytes that the backward pass of one run needs beside what was kept."""
         gathered = self.work.operands * self._elements(part, without="fsdp") if self.sizes["fsdp"] > 1 else 0.0
-        if part.name.endswith("head"):
-            return gathered + self._head()
-        again = self._saved(part) - self._kept(part)
-        rows = part.saved.rows * self.tokens * (ROOM if self.sizes["expert"] > 1 else WORKING)
-        return gathered + again + rows + WORKING * self._saved(dataclasses.replace(part, saved=_no_rows(part.saved)))
+        again = max(0.0, self._saved(part) - self._kept(part))
+        tensor = self.sizes["tensor"]
+        own = self.tokens * (part.saved.wide + part.saved.inner / tensor)
+        rows = self.tokens * part.saved.rows / tensor * (TRAVELLING if self.sizes["expert"] > 1 else WORKING)
+        return gathered + again + rows + WORKING * own
 
     def _head(self) -> float:
         """Float32 logits of a chunk, their gradient, and that of the whole weight in float32 (model/logprobs.py)."""
         vocab = self.model.vocab_size / self.sizes["tensor"]
         chunk = min(self.tokens, max(1.0, MAX_LOGITS / vocab))
-        return chunk * vocab * (4 + self.work.operands) + 4 * self.model.hidden_size * vocab
+        weight = (4 + self.work.operands) * self.model.hidden_size * vocab
+        return chunk * vocab * (4 + self.work.operands) + weight
 
     # Traffic
 
@@ -236,18 +263,21 @@ class Plan:
         """{collective: (NVLink, network) bytes into a device} of one layer of a kind, in one step."""
         again = 2 if self.work.remat == "full" and part.name[-1] in "M*E-" else 1  # forward passes
         found: dict[str, tuple[float, float]] = {}
-        gathers = part.runs * (again + 1) * self.work.operands
+        # The head makes its gradients in the forward pass.
+        gathers = part.runs * (1 if part.name == "head" else again + 1) * self.work.operands
+        wide = self.tokens * self.model.hidden_size * self.work.operands
+        if part.name == "embeddings":  # vectors are looked up where they are
+            _add(found, "fsdp all-to-all", self._group(["fsdp"]).exchange(2 * part.runs * wide))
         for shape, axes in part.tensors.values():
             cut = self._cut(shape, axes)
             here = math.prod(shape) / math.prod(cut.values())
-            if "fsdp" in cut:
+            if "fsdp" in cut and part.name != "embeddings":
                 whole = here * cut["fsdp"]
                 _add(found, "fsdp all-gather", self._group(["fsdp"]).gather(gathers * whole))
                 _add(found, "fsdp reduce-scatter", self._group(["fsdp"]).gather(4 * part.runs * whole))
             others = [axis for axis in (*_axes("batch"), *_axes("time")) if axis not in cut]
             reduced = self._group(others).gather(2 * 4 * here)  # to all of them: a reduce-scatter and a gather
             _add(found, "gradient all-reduce", reduced)
-        wide = self.tokens * self.model.hidden_size * self.work.operands
         if part.name[-1] in "M*E-":
             passes = part.runs * (again + 1)  # the last matmul in each forward pass, the input's gradient
             _add(found, "tensor all-reduce", self._group(["tensor"]).gather(2 * passes * wide))
@@ -274,7 +304,7 @@ class Plan:
         again = 2 if self.work.remat == "full" and part.name[-1] in "M*E-" else 1
         flops = part.runs * (2 + again) * part.flops * self.tokens / self.sizes["tensor"]
         weights = self._elements(part, without="fsdp")
-        saved = self._saved(dataclasses.replace(part, saved=dataclasses.replace(part.saved, copies=0.0)))
+        saved = self.tokens * (part.saved.wide + (part.saved.inner + part.saved.rows) / self.sizes["tensor"])
         # Weights are read in each pass and their gradient is written; what is saved is written, read, and its gradient
         # too. The optimizer reads and writes 7 float32 numbers a weight.
         moved = part.runs * ((again + 1) * self.work.operands + 4) * weights + 28 * self._elements(part)
@@ -326,14 +356,10 @@ class Plan:
         }
 
 
-# Of what a block has saved, how much its backward pass holds beside at a time; and of rows at the experts' devices,
-# which come with their gradients, in rounds with room for half as many again. Both fitted (BENCHMARKS.md).
-WORKING, ROOM = 0.5, 3.0
+# Of what a block has saved, how much its backward pass holds beside at a time; and of its experts' rows where they
+# travel, with their gradients, in rounds with room for half as many again. Fitted to compiled steps (BENCHMARKS.md).
+WORKING, TRAVELLING = 0.5, 3.0
 MAX_LOGITS = 2**29  # model/logprobs.py
-
-
-def _no_rows(saved: Saved) -> Saved:
-    return dataclasses.replace(saved, rows=0.0, copies=0.0)
 
 
 def _axes(name: str) -> tuple[str, ...]:
