@@ -243,12 +243,20 @@ class Plan:
 
     def _at_work(self, part: Part) -> float:
         """Bytes that the backward pass of one run needs beside what was kept."""
-        gathered = self.work.operands * self._elements(part, without="fsdp") if self.sizes["fsdp"] > 1 else 0.0
         again = max(0.0, self._saved(part) - self._kept(part))
         tensor = self.sizes["tensor"]
         own = self.tokens * (part.saved.wide + part.saved.inner / tensor)
         rows = self.tokens * part.saved.rows / tensor * (TRAVELLING if self.sizes["expert"] > 1 else WORKING)
-        return gathered + again + rows + WORKING * own
+        return self._gathered(part) + again + rows + WORKING * own
+
+    def _gathered(self, part: Part) -> float:
+        """Bytes of weights that FSDP has put together for a block, and of the largest gradient before it is cut."""
+        whole = {
+            path: math.prod(shape) / math.prod(cut.values()) * cut["fsdp"]
+            for path, (shape, axes) in part.tensors.items()
+            if "fsdp" in (cut := self._cut(shape, axes))
+        }
+        return self.work.operands * sum(whole.values()) + 4 * max(whole.values(), default=0.0)
 
     def _head(self) -> float:
         """Float32 logits of a chunk, their gradient, and that of the whole weight in float32 (model/logprobs.py)."""
@@ -358,7 +366,7 @@ class Plan:
 
 # Of what a block has saved, how much its backward pass holds beside at a time; and of its experts' rows where they
 # travel, with their gradients, in rounds with room for half as many again. Fitted to compiled steps (BENCHMARKS.md).
-WORKING, TRAVELLING = 0.5, 3.0
+WORKING, TRAVELLING = 0.5, 7.0
 MAX_LOGITS = 2**29  # model/logprobs.py
 
 
