@@ -15,7 +15,7 @@ from nemotron_jax import cli
 from nemotron_jax.config import preset
 from nemotron_jax.errors import DataError, UserError
 from nemotron_jax.hf_config import to_hf
-from nemotron_jax.run_config import RunConfig, to_dict
+from nemotron_jax.run_config import Processes, RunConfig, to_dict
 
 ROOT = Path(__file__).parents[1]
 train = importlib.import_module("train")
@@ -92,6 +92,10 @@ def refused(monkeypatch, capfd, tmp_path):
         ([QUICKSTART, WORKDIR, "--config.model.pattern=ME?"], "unknown letter '?' at position 2"),
         ([QUICKSTART, WORKDIR, "--config.model.mamba.num_heads=6"], "must be a multiple of mamba.num_groups (8)"),
         ([QUICKSTART, WORKDIR, "--config.train.microbatches=3"], "must be a multiple of train.microbatches (3)"),
+        ([QUICKSTART, WORKDIR, "--coordinator=gpu1"], "--coordinator: expected HOST:PORT, such as node1:12345, got"),
+        ([QUICKSTART, WORKDIR, "--coordinator=gpu1:99999"], "--coordinator: expected HOST:PORT"),
+        ([QUICKSTART, WORKDIR, "--processes=0"], "--processes: expected a whole number from 1, got '0'"),
+        ([QUICKSTART, WORKDIR, "--process=-1"], "--process: expected a whole number from 0, got '-1'"),
         ([QUICKSTART, WORKDIR, "more"], "unexpected argument 'more'"),
         ([QUICKSTART, WORKDIR, "--", "more"], "unexpected argument 'more'"),
         ([QUICKSTART, WORKDIR, "-x"], "unexpected argument '-x'"),
@@ -177,6 +181,14 @@ def test_a_model_without_a_preset_has_what_is_set_and_no_more(tmp_path: Path):
     flags = [f"--config={tmp_path / 'mine.py'}", WORKDIR, "--config.model.pattern=M*", "--config.model.hidden_size=64"]
     config, *_ = cli.parse_train_flags(flags)
     assert (config.model.pattern, config.model.hidden_size, config.model.mtp) == ("M*", 64, None)
+
+
+def test_processes_are_told_apart_by_flags(tmp_path: Path):
+    quickstart = ["--config=configs/quickstart.py", WORKDIR]
+    *_, alone = cli.parse_train_flags(quickstart)
+    assert alone == Processes()
+    *_, one = cli.parse_train_flags([*quickstart, "--coordinator=gpu1:1234", "--processes=4", "--process=3"])
+    assert one == Processes("gpu1:1234", 4, 3)
 
 
 @pytest.mark.parametrize("code", [0, 3, 75])
@@ -273,7 +285,7 @@ CHAT_FLAGS = "--system, --no-thinking and --raw go with --prompt=TEXT"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "needs one of the commands params, generate, convert, bench; got none."),
+        ([], "needs one of the commands params, plan, generate, convert, bench; got none."),
         (["parms"], "got 'parms'. Did you mean 'params'?"),
         (["--seq=3"], "got '--seq=3'."),
         (["params"], "params needs a preset (nano, lightning, "),

@@ -176,6 +176,20 @@ def test_four_processes_save_and_others_go_on(text, alone, tmp_path, unused_port
         assert close(on.losses(), alone), (step, count)
 
 
+@pytest.mark.slow
+def test_a_part_of_a_checkpoint_is_damaged(text, tmp_path, unused_port):
+    """Only one process reads that part; all of them go back to the step before."""
+    made = run(text, tmp_path / "run", unused_port, 2, **{"parallel.fsdp": 2})
+    before = made.losses()
+    folder = made.workdir / CHECKPOINTS / str(STEPS) / "params/ocdbt.process_1/d"
+    for file in folder.iterdir():
+        os.truncate(file, 1000)
+    again = Run(text, tmp_path / "run", unused_port, 2, **{"parallel.fsdp": 2}).start()
+    (code, shown), (other, _) = again.finish(seconds=300)
+    assert code == other == 0 and f"checkpoint {STEPS} in" in shown and "is damaged" in shown, shown
+    assert again.losses() == before
+
+
 def _state(model):
     from flax import nnx
 

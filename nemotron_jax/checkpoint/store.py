@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from nemotron_jax.errors import CheckpointError
+from nemotron_jax.parallel.processes import everywhere
 
 FORMAT = 1
 ITEMS = ("params", "buffers", "optimizer")
@@ -102,7 +103,7 @@ class CheckpointStore:
         for step in reversed(steps):
             try:
                 restored = self._restore(step, template)
-            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+            except Exception as error:
                 self._warn(f"checkpoint {step} in {self.directory} is damaged and passed over: {_first_line(error)}")
                 continue
             for later in (later for later in steps if later > step):
@@ -135,7 +136,14 @@ class CheckpointStore:
 
     def _restore(self, step: int, template: Tree) -> Restored:
         args = {name: ocp.args.StandardRestore(_nested(tree)) for name, tree in template.items()}
-        result = self._manager.restore(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonRestore()))
+        result, problem = None, None
+        try:
+            result = self._manager.restore(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonRestore()))
+        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+            problem = error
+        # A process reads its own part; one that goes on to another step alone would leave the others waiting.
+        if not everywhere(problem is None) or result is None:
+            raise problem or CheckpointError("another process cannot read its part.")
         meta = result["meta"]
         if meta.get("format") != FORMAT:
             raise CheckpointError(f"it has format {meta.get('format')!r}, this version reads {FORMAT}.")

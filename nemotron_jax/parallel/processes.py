@@ -16,14 +16,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax._src.distributed import global_state  # there is no public way to the key-value store
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 
 from nemotron_jax.errors import ConfigError, UserError
 from nemotron_jax.run_config import Processes
@@ -139,6 +137,10 @@ def joined(flags: Processes, *, connect_seconds: float = CONNECT_SECONDS) -> Ite
         yield
         return
     _connect(start, connect_seconds)
+    if jax.default_backend() == "cpu":
+        # Of a program in the cache only process 0 has a copy, and the order of its collectives is not that of the
+        # program as the others compile it: gloo waits for ever (jaxlib 0.11.2, two processes, fsdp=2).
+        jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
     except BaseException as error:
@@ -271,25 +273,49 @@ def in_turn[T](make: Callable[[], T]) -> T:
     return make()
 
 
-class Agreement:
-    """A number from each process becomes the largest of them, the same in all processes.
+def everywhere(true: bool) -> bool:
+    """Whether something is true in all processes; each must ask."""
+    return bool(multihost_utils.process_allgather(np.array(true)).all())
 
-    With many processes the answer to a call is that of the call before, which the devices have long computed: asking
-    in each step does not make them wait. All processes must call it equally often.
+
+class AgreedStop:
+    """One process wants to stop; all of them stop before the same step.
+
+    It is told through the coordination service, not by a collective: on CPUs, nothing would order that among those of
+    the training step; on GPUs, it would have to wait for them.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._alone = jax.process_count() == 1
-        self._before: Any = 0
-        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._size = mesh.size
-        self._largest = jax.jit(partial(jnp.max), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    # Steps from the one that a process is about to start to the one before which all stop. Nobody is further than one
+    # step: each waits for the result of the last step but one, which takes all of them.
+    AHEAD = 2
+    _KEY = "nemotron_jax/stop"
 
-    def __call__(self, value: int) -> int:
-        """The largest value of this call (one process) or of the call before (many; 0 in the first)."""
+    def __init__(self) -> None:
+        self._alone = jax.process_count() == 1
+        self._asked = False
+
+    def __call__(self, number: int, step: int) -> int:
+        """Called before each step, by all processes.
+
+        Args:
+          number: what this process has to say, 0 for nothing.
+          step: the one that is about to start.
+
+        Returns:
+          The number of the process that spoke first, if the run stops before this step; else 0.
+        """
         if self._alone:
-            return value
-        before = int(self._before)
-        mine = jax.make_array_from_callback((self._size,), self._sharding, lambda _: np.full(1, value, np.int32))
-        self._before = self._largest(mine)
-        return before
+            return number
+        client = global_state.client
+        assert client is not None
+        if number and not self._asked:
+            self._asked = True
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has spoken
+                client.key_value_set(self._KEY, f"{number} {step + self.AHEAD}")
+        try:
+            said, last = map(int, client.key_value_try_get(self._KEY).split())
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" not in str(error):
+                raise
+            return 0
+        return said if step >= last else 0

@@ -31,7 +31,7 @@ from nemotron_jax.errors import ConfigError, DataError
 from nemotron_jax.model.counts import count_parameters, flops_per_token
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.parallel import mesh as meshes
-from nemotron_jax.parallel.processes import Agreement, in_turn
+from nemotron_jax.parallel.processes import AgreedStop, in_turn
 from nemotron_jax.run_config import RunConfig, differing_keys, to_dict
 from nemotron_jax.training import workdir as workdirs
 from nemotron_jax.training.metrics import METRICS_FILE, MetricsLog, read_rows
@@ -102,7 +102,7 @@ class Run:
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self.train_step = make_train_step(self.setup)
         self.validation_step = make_validation_step(self.setup)
-        self.agree = Agreement(mesh)
+        self.stops = AgreedStop()
 
     def _claim(self) -> tuple[Tokenizer | None, TrainData]:
         with workdirs.claim(self.workdir, self.config, write=self.first_process):
@@ -128,7 +128,7 @@ class Run:
         skipped = jnp.int32(0)  # of the step before: looked at while the next one runs
         with jax.set_mesh(self.setup.mesh):
             for step in range(start + 1, steps + 1):
-                if number := self.agree(stop.number):
+                if number := self.stops(stop.number, step):
                     return self._stopped(step - 1, signal.Signals(number).name)
                 waiting = time.perf_counter()
                 batch = next(self.batches)

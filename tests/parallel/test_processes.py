@@ -10,7 +10,7 @@ import pytest
 
 from nemotron_jax.errors import ConfigError
 from nemotron_jax.parallel import mesh as meshes
-from nemotron_jax.parallel.processes import Agreement, Start, find, in_turn, joined
+from nemotron_jax.parallel.processes import AgreedStop, Start, everywhere, find, in_turn, joined
 from nemotron_jax.run_config import ParallelConfig, Processes
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,8 @@ def test_a_port_that_is_taken():
 
 def test_one_process_has_nobody_to_ask():
     assert in_turn(lambda: 5) == 5
-    assert Agreement(meshes.make_mesh(ParallelConfig()))(15) == 15
+    assert AgreedStop()(15, step=7) == 15
+    assert everywhere(True) and not everywhere(False)
 
 
 @pytest.mark.parametrize(
