@@ -137,9 +137,10 @@ def convert(argv: Sequence[str]) -> int:
         if flags.source or flags.step is not None:
             raise UserError("convert --dry-run=PRESET_OR_DIR takes no SRC, DST or --step.")
         config = model_config(flags.dry_run)
-        from nemotron_jax.checkpoint.hf import plan
+        from nemotron_jax.checkpoint.convert import dry_run
 
-        for tensor in plan(config, flags.format):
+        directory = None if flags.dry_run in PRESETS else Path(flags.dry_run).expanduser()
+        for tensor in dry_run(config, directory, flags.format):
             print(tensor.name, tensor.dtype, json.dumps(tensor.shape, separators=(",", ":")))
         return 0
     if not flags.source or not flags.target:

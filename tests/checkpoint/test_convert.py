@@ -16,7 +16,7 @@ import nemotron_jax
 from nemotron_jax import __main__ as front
 from nemotron_jax.checkpoint import companions
 from nemotron_jax.checkpoint import convert as converting
-from nemotron_jax.checkpoint.convert import Calibration, convert
+from nemotron_jax.checkpoint.convert import Calibration, convert, dry_run
 from nemotron_jax.checkpoint.hf import Table
 from nemotron_jax.checkpoint.hf_directory import HFDirectory
 from nemotron_jax.checkpoint.layer_map import default_layer_map
@@ -174,6 +174,9 @@ def test_quantised_tensors_pass_through(tmp_path, name):
     for file in ("config.json", HF_QUANT_CONFIG):
         assert json.loads((tmp_path / "back" / file).read_text()) == json.loads((hf / file).read_text())
     np.testing.assert_array_equal(logits(hf), logits(tmp_path / "run"))
+    for path in (hf, tmp_path / "run"):
+        listed = {tensor.name: (tensor.dtype, tensor.shape) for tensor in dry_run(EVEN, path, None)}
+        assert listed == {name: (dtype, shape) for name, (dtype, shape, _) in hf_files.read(hf).items()}
 
 
 @pytest.mark.parametrize("name", QUANTS)
