@@ -60,7 +60,12 @@ def run_config(path: Path) -> RunConfig:
 
 
 def load(
-    path: str | Path, *, step: int | None = None, precision: str = "auto", mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    step: int | None = None,
+    precision: str = "auto",
+    mesh: Mesh | None = None,
+    packed: bool = False,
 ) -> tuple[ModelConfig, Nemotron]:
     """Configuration and model of a training workdir or a Hugging Face directory.
 
@@ -71,6 +76,8 @@ def load(
       step: which checkpoint of a run; None: the newest whole one.
       precision: recipe to compute in: "auto", "float32", "bfloat16".
       mesh: of parallel.mesh.make_mesh, to shard the weights by its table; None: all on the first device.
+      packed: keep quantised weights as they are stored and unpack them when they are multiplied. Such weights are
+        frozen.
 
     Raises:
       CheckpointError: no such directory, step, or usable checkpoint; everything that is wrong with it.
