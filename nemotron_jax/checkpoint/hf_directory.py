@@ -32,7 +32,7 @@ from nemotron_jax.hf_config import from_hf
 
 CONFIG_FILE = "config.json"
 QUANTIZED = "quantized"  # folder of a workdir: the quantised modules of the checkpoint that it was made from
-BLOCK_BYTES = 1 << 26  # of a tensor that are handled at a time
+BLOCK_BYTES = 1 << 24  # of a tensor that are handled at a time; memory of this size is used again, not mapped anew
 FLOATS = ("BF16", "F16", "F32")
 _OPTIONAL = ("input_scale", "input_global_scale", "k_scale", "v_scale")
 

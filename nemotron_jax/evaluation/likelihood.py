@@ -19,7 +19,8 @@ from jax import Array
 from nemotron_jax.checkpoint.load import is_hf, load, run_config
 from nemotron_jax.data.pipeline import evaluation_batches
 from nemotron_jax.errors import DataError
-from nemotron_jax.inference.generate import load_tokenizer, read_tokens, write_array
+from nemotron_jax.inference.generate import read_tokens, write_array
+from nemotron_jax.inference.text import load_tokenizer
 from nemotron_jax.model.context import Context
 from nemotron_jax.run_config import DataConfig
 

@@ -353,10 +353,10 @@ def test_the_command(tmp_path, hf, capsys):
     ("arguments", "message"),
     [
         ([], "needs SRC and DST"),
-        (["a"], "needs SRC and DST"),
+        (["."], "needs SRC and DST"),
         (["nowhere", "b"], "there is no 'nowhere'"),
-        (["a", "b", "--format=fp16"], "--format must be one of bf16, fp8, nvfp4, got 'fp16'"),
-        (["a", "b", "--dry-run=nano"], "takes no SRC, DST or --step"),
+        ([".", "b", "--format=fp16"], "--format must be one of bf16, fp8, nvfp4, got 'fp16'"),
+        ([".", "b", "--dry-run=nano"], "takes no SRC, DST or --step"),
         (["--dry-run=nanno"], "Did you mean 'nano'"),
         ([".", "b"], "holds no config.json"),
     ],
