@@ -6,19 +6,18 @@ Others (the head, experts of which some are quantised otherwise) are dequantised
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from nemotron_jax.checkpoint import modelopt
 from nemotron_jax.checkpoint.hf import Entry
 from nemotron_jax.checkpoint.hf_directory import HFDirectory
 from nemotron_jax.parallel.mesh import spec
 from pallas_kernels.packed import Packed
-
-Part = Callable[[Sequence[slice]], np.ndarray]
 
 
 def is_packable(source: HFDirectory, path: str) -> bool:
@@ -28,8 +27,13 @@ def is_packable(source: HFDirectory, path: str) -> bool:
     return len(formats) == 1 and None not in schemes and path.startswith(("layers/", "mtp/"))
 
 
-def read_packed(source: HFDirectory, path: str, axes: Sequence[str], mesh: Mesh | None) -> Packed:
-    """One leaf of logical axes ``axes``, each device's part read for that device alone (without a mesh: the first)."""
+def read_packed(source: HFDirectory, path: str, axes: Sequence[str], dense: Sharding) -> Packed:
+    """One leaf, each device's part read for that device alone.
+
+    Args:
+      path, axes: of the leaf, its logical axes.
+      dense: how the leaf would be sharded if it were not packed.
+    """
     entries = source.table.of_leaf[path]
     shape = source.table.shapes[path]
     stacked = entries[0].expert is not None
@@ -39,7 +43,7 @@ def read_packed(source: HFDirectory, path: str, axes: Sequence[str], mesh: Mesh 
     before = sum(entries[0].rows[: entries[0].leaves.index(path)])
 
     def matrix(suffix: str, columns: int) -> jax.Array:
-        def part(index: Sequence[slice]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             rows, inputs = (slice(*part.indices(size)[:2]) for part, size in zip(index[-2:], local, strict=True))
 
             def of(entry: Entry) -> np.ndarray:
@@ -51,9 +55,9 @@ def read_packed(source: HFDirectory, path: str, axes: Sequence[str], mesh: Mesh 
 
         local = (shape[-1], columns)
         whole = (*shape[:-2], *local)
-        return jax.make_array_from_callback(whole, _sharding(whole, swapped, mesh), part)
+        return jax.make_array_from_callback(whole, _sharding(whole, swapped, dense), part)
 
-    def scale(index: Sequence[slice]) -> np.ndarray:
+    def scale(index: Any) -> np.ndarray:
         chosen = entries[index[0]] if stacked else entries[:1]
         values = np.stack([_global_scale(source, entry) for entry in chosen])
         return values if stacked else values[0]
@@ -66,7 +70,7 @@ def read_packed(source: HFDirectory, path: str, axes: Sequence[str], mesh: Mesh 
         blocks = matrix("weight_scale", inputs // modelopt.BLOCK)
     scales = shape[:-2]
     packed = Packed(
-        codes, blocks, jax.make_array_from_callback(scales, _sharding(scales, axes[: len(scales)], mesh), scale)
+        codes, blocks, jax.make_array_from_callback(scales, _sharding(scales, axes[: len(scales)], dense), scale)
     )
     for entry in entries:
         source.release(entry)
@@ -81,7 +85,8 @@ def _global_scale(source: HFDirectory, entry: Entry) -> np.ndarray:
     return source.report.check_finite(entry.module, modelopt.global_scale(scheme, stored))
 
 
-def _sharding(shape: Sequence[int], axes: Sequence[str], mesh: Mesh | None) -> Sharding:
-    if mesh is None:
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return NamedSharding(mesh, spec(shape, axes, mesh) if shape else PartitionSpec())
+def _sharding(shape: Sequence[int], axes: Sequence[str], dense: Sharding) -> Sharding:
+    if not isinstance(dense, NamedSharding):
+        return dense
+    assert isinstance(dense.mesh, Mesh)
+    return NamedSharding(dense.mesh, spec(shape, axes, dense.mesh))
