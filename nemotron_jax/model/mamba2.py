@@ -26,6 +26,7 @@ from nemotron_jax.parallel.mesh import axis_size
 from nemotron_jax.precision.matmul import matmul
 from pallas_kernels import causal_conv1d, ssd
 from pallas_kernels.causal_conv1d import final_state
+from pallas_kernels.packed import side_by_side
 from pallas_kernels.ssd import ssd_step
 
 
@@ -52,7 +53,7 @@ class InProj(nnx.Module):
         leaves = [self.z[...], self.x[...], self.B[...], self.C[...], self.dt[...]]
         if axis_size("tensor") > 1:
             return [matmul(h, leaf, self.precision, seed) for leaf in leaves]
-        fused = matmul(h, jnp.concatenate(leaves, axis=1), self.precision, seed)
+        fused = matmul(h, side_by_side(leaves), self.precision, seed)
         borders = [sum(leaf.shape[1] for leaf in leaves[: i + 1]) for i in range(len(leaves) - 1)]
         return jnp.split(fused, borders, axis=-1)
 

@@ -21,7 +21,8 @@ from nemotron_jax.config import ModelConfig, MoEConfig
 from nemotron_jax.model.context import Context
 from nemotron_jax.model.linear import Buffer, Linear, Scope, normal
 from nemotron_jax.model.mlp import FeedForward
-from pallas_kernels import grouped_matmul, permute, unpermute
+from nemotron_jax.precision.matmul import expert_matmul
+from pallas_kernels import permute, unpermute
 
 
 class Router(nnx.Module):
@@ -84,9 +85,8 @@ class Experts(nnx.Module):
 
     def __call__(self, rows: Array, group_sizes: Array) -> Array:
         """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
-        dtype = self.precision.operands
-        hidden = grouped_matmul(rows.astype(dtype), self.up_proj[...].astype(dtype), group_sizes, activation="relu2")
-        return grouped_matmul(hidden, self.down_proj[...].astype(dtype), group_sizes).astype(rows.dtype)
+        hidden = expert_matmul(rows, self.up_proj[...], group_sizes, self.precision, activation="relu2")
+        return expert_matmul(hidden, self.down_proj[...], group_sizes, self.precision).astype(rows.dtype)
 
 
 class MoE(nnx.Module):
