@@ -92,7 +92,9 @@ def convert(
             written = _to_workdir(opened, folder)
         else:
             written = _to_hf(opened, folder, format, calibration)
-        opened.report.raise_if_any()
+        for part in (opened, _quantized(opened)):
+            if part is not None:
+                part.report.raise_if_any()
     return Written(*written, time.perf_counter() - start)
 
 
