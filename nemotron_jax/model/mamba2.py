@@ -73,12 +73,21 @@ class Conv1d(nnx.Module):
             self.weight[kind] = scope.param(f"weight/{kind}", (channels, config.conv_kernel), (axis, "norm"), init)
             self.bias[kind] = scope.param(f"bias/{kind}", (channels,), (axis,), init)
 
-    def fused(self) -> tuple[Array, Array]:
-        """Weight [W, K] and bias [W] over x, B and C."""
-        return (
-            jnp.concatenate([self.weight[kind][...] for kind in "xBC"]),
-            jnp.concatenate([self.bias[kind][...] for kind in "xBC"]),
-        )
+    def __call__(self, inputs: list[Array], state_BKW: Array | None, segment_ids: Array | None) -> list[Array]:
+        """silu(conv) of x, B and C [B, T, channels of each]; the state holds the three side by side.
+
+        Three calls, since what uses the results wants them apart: their gradients would have to be put together first
+        (a copy of all of them) for one call.
+        """
+        kinds = "xBC"
+        borders = [sum(z.shape[2] for z in inputs[: i + 1]) for i in range(len(kinds) - 1)]
+        states = [None] * len(kinds) if state_BKW is None else jnp.split(state_BKW, borders, axis=-1)
+        return [
+            causal_conv1d(  # type: ignore[misc]
+                z, self.weight[kind][...], self.bias[kind][...], initial_state=state, segment_ids=segment_ids
+            )
+            for kind, z, state in zip(kinds, inputs, states, strict=True)
+        ]
 
 
 class GatedNorm(nnx.Module):
@@ -135,18 +144,9 @@ class Mamba2(nnx.Module):
         config = self.config
         batch, time = h_BTD.shape[:2]
         z, x, B, C, dt = self.in_proj(h_BTD, ctx.seed)
-        conv_BTW = jnp.concatenate([x, B, C], axis=-1)
+        conv_inputs = [x, B, C]
         rows = None if state is None else take_rows(state, ctx.slots)
-        weight, bias = self.conv1d.fused()
-        mixed_BTW: Array = causal_conv1d(  # type: ignore[assignment]
-            conv_BTW,
-            weight,
-            bias,
-            initial_state=None if rows is None else rows.conv_BKW,
-            segment_ids=ctx.segment_ids,
-        )
-        group_channels = config.num_groups * config.state_size
-        x, B, C = jnp.split(mixed_BTW, [config.inner_size, config.inner_size + group_channels], axis=-1)
+        x, B, C = self.conv1d(conv_inputs, None if rows is None else rows.conv_BKW, ctx.segment_ids)
         x_BTHP = x.reshape(batch, time, config.num_heads, config.head_dim)
         B_BTGN = B.reshape(batch, time, config.num_groups, config.state_size)
         C_BTGN = C.reshape(batch, time, config.num_groups, config.state_size)
@@ -159,6 +159,7 @@ class Mamba2(nnx.Module):
         y_BTHP, ssm_BHPN = self._scan(x_BTHP, dt_BTH, A, B_BTGN, C_BTGN, rows, ctx)
         new_state = None
         if state is not None and rows is not None:
+            conv_BTW = jnp.concatenate(conv_inputs, axis=-1)
             if ctx.draft and ctx.slots is not None:
                 raise ValueError("drafting with Context.slots is not supported: take the rows of the state first.")
             if ctx.draft:
