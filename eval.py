@@ -48,7 +48,7 @@ TASKS = {
 def evaluate(argv: Sequence[str]) -> int:
     """From flags to a result; returns the exit code."""
     parser = Parser("eval.py", __doc__)
-    parser.add_argument("--checkpoint", type=existing_path, metavar="DIR", help="the --workdir of a training run")
+    parser.add_argument("--checkpoint", type=existing_path, metavar="DIR", help="a training workdir or an HF directory")
     parser.add_argument("--task", metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--step", type=number(int, least=0, name="a step"), metavar="N", help="default: the last one")
     parser.add_argument("--data", metavar="FILES", help="text: comma-separated paths and globs")

@@ -15,7 +15,7 @@ def train(argv: Sequence[str]) -> int:
     """From flags to a finished run; returns the exit code."""
     config, workdir = parse_train_flags(argv, __doc__)
     # After the flags: JAX takes seconds to import.
-    from nemotron_jax.inference.generate import sample_text
+    from nemotron_jax.inference.text import sample_text
     from nemotron_jax.training.loop import pretrain
 
     return pretrain(config, workdir, sampler=sample_text)

@@ -3,17 +3,23 @@
 python -m nemotron_jax params PRESET_OR_DIR [--seq=8192]
     parameters and training FLOPs a token, as JSON
 python -m nemotron_jax generate --checkpoint=DIR --prompt=TEXT [--tokens=N ...]
-    continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
+    answers a message or continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
+python -m nemotron_jax convert SRC DST [--format=bf16|fp8|nvfp4]
+    Hugging Face directory -> training workdir, and either of them -> Hugging Face directory (with --format from the
+    former); --dry-run PRESET_OR_DIR lists the tensors instead
 python -m nemotron_jax bench train|prefill|decode --preset=NAME [--pattern=LETTERS --batch=B --seq=T --mesh=fsdp=8 ...]
     speed and memory with random weights, as JSON
 
-Each command takes --help. Exit codes: 0 done, 2 bad input.
+Each command takes --help. Exit codes: 0 done, 2 bad input, 130 interrupted, 141 the reader of its output has gone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,10 +76,14 @@ def model_config(name: str) -> ModelConfig:
 
 
 def generate(argv: Sequence[str]) -> int:
-    """Streams the continuation of a text to stdout, or writes that of token ids to a file."""
+    """Streams what a model says to a prompt to stdout, or writes the continuation of token ids to a file."""
     parser = Parser("python -m nemotron_jax generate", "Samples from a checkpoint.")
-    parser.add_argument("--checkpoint", type=existing_path, metavar="DIR", help="the --workdir of a training run")
-    parser.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    parser.add_argument("--checkpoint", type=existing_path, metavar="DIR", help="a training workdir or an HF directory")
+    message = "a message to the model where DIR has a chat template, else a text to continue"
+    parser.add_argument("--prompt", metavar="TEXT", help=message)
+    parser.add_argument("--system", metavar="TEXT", help="the system message of the chat")
+    parser.add_argument("--no-thinking", action="store_true", help="ask the chat for an answer without reasoning")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as text in spite of a chat template")
     parser.add_argument("--prompt-tokens", type=existing_path, metavar="IN.npy", help="token ids instead: [B, T]")
     parser.add_argument("--out", type=output_file, metavar="OUT.npy", help="int32 [B, N], with --prompt-tokens")
     positive = number(int, least=1, name="a positive number of tokens")
@@ -90,15 +100,58 @@ def generate(argv: Sequence[str]) -> int:
         raise UserError(f"--top-p must be in (0, 1], got {flags.top_p}.")
     if (flags.prompt is None) == (flags.prompt_tokens is None) or (flags.out is None) != (flags.prompt_tokens is None):
         raise UserError("generate needs either --prompt=TEXT, or --prompt-tokens=IN.npy and --out=OUT.npy.")
-    from nemotron_jax.inference.generate import generate_text, generate_tokens
-
+    if flags.prompt is None and (flags.system is not None or flags.no_thinking or flags.raw):
+        raise UserError("--system, --no-thinking and --raw go with --prompt=TEXT: token ids are continued as they are.")
     settings = {name: getattr(flags, name) for name in ("tokens", "temperature", "top_p", "top_k", "seed")}
     if flags.prompt is None:
+        from nemotron_jax.inference.generate import generate_tokens
+
         generate_tokens(flags.checkpoint, flags.prompt_tokens, flags.out, **settings)
         return 0
-    for piece in generate_text(flags.checkpoint, flags.prompt, **settings):
+    from nemotron_jax.inference.text import generate_text
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    chat = {"raw": flags.raw, "system": flags.system, "thinking": not flags.no_thinking}
+    for piece in generate_text(flags.checkpoint, flags.prompt, **chat, **settings):
         print(piece, end="", flush=True)
     print()
+    return 0
+
+
+def convert(argv: Sequence[str]) -> int:
+    """Writes a model in the other layout, or in another format; or lists the tensors of one: name, dtype, shape."""
+    parser = Parser("python -m nemotron_jax convert", "Converts checkpoints, holding one tensor at a time in memory.")
+    parser.add_argument(
+        "source", metavar="SRC", nargs="?", type=existing_path, help="a training workdir or an HF directory"
+    )
+    parser.add_argument("target", metavar="DST", nargs="?", help="a directory that does not exist yet, or is empty")
+    parser.add_argument("--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}; default: as each tensor is")
+    parser.add_argument("--step", type=number(int, least=0, name="a step"), metavar="N", help="default: the last one")
+    parser.add_argument("--dry-run", metavar="PRESET_OR_DIR", help="list the tensors of its Hugging Face checkpoint")
+    flags = parser.parse_args(argv)
+    if flags.format not in (None, *FORMATS):
+        hint = did_you_mean(flags.format, FORMATS)
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {flags.format!r}.{hint}")
+    if flags.dry_run is not None:
+        if flags.source or flags.step is not None:
+            raise UserError("convert --dry-run=PRESET_OR_DIR takes no SRC, DST or --step.")
+        config = model_config(flags.dry_run)
+        from nemotron_jax.checkpoint.hf import plan
+
+        for tensor in plan(config, flags.format):
+            print(tensor.name, tensor.dtype, json.dumps(tensor.shape, separators=(",", ":")))
+        return 0
+    if not flags.source or not flags.target:
+        raise UserError("convert needs SRC and DST, or --dry-run=PRESET_OR_DIR.")
+    target = Path(flags.target).expanduser()
+    from nemotron_jax.checkpoint import convert as converting
+
+    done = converting.convert(flags.source, target, format=flags.format, step=flags.step)
+    print(
+        f"wrote {done.tensors:,} tensors, {done.nbytes / 1e9:,.3f} GB, to {target} in {done.seconds:.1f} s "
+        f"({done.nbytes / done.seconds / 1e9:.2f} GB/s)"
+    )
     return 0
 
 
@@ -143,14 +196,27 @@ def bench(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"params": params, "generate": generate, "bench": bench}
+COMMANDS = {"params": params, "generate": generate, "convert": convert, "bench": bench}
+FORMATS = ("bf16", "fp8", "nvfp4")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Hands the arguments to the command that the first of them names; returns the exit code."""
+    """Hands the arguments to the command that the first of them names; returns the exit code.
+
+    Ctrl-C, and a pipe whose reader has gone (``| head``), end a command without a traceback, with the exit codes that
+    shells give to the signals.
+    """
     name, *rest = argv or [""]
     if name in COMMANDS:
-        return COMMANDS[name](rest)
+        try:
+            code = COMMANDS[name](rest)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end
+            return 141
+        return code
     if name in ("-h", "--help"):
         print(__doc__, end="")
         return 0

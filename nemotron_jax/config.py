@@ -212,6 +212,39 @@ class ModelConfig:
         return self.init_std / math.sqrt(len(self.pattern))
 
 
+def same_network(a: ModelConfig, b: ModelConfig) -> bool:
+    """Whether two configs describe the same tensors and the same function of them.
+
+    How weights are initialised, how often MTP is applied in training, and what a config.json says beside are not part
+    of that.
+    """
+    return _network(a) == _network(b)
+
+
+def _network(config: ModelConfig) -> ModelConfig:
+    defaults = ModelConfig(config.pattern, config.hidden_size)
+    # Widths of blocks that the pattern does not have play no part.
+    letters = config.pattern + (config.mtp.pattern if config.mtp else "")
+    mamba = MambaConfig()
+    initialisation = {name: getattr(mamba, name) for name in ("time_step_min", "time_step_max", "time_step_floor")}
+    return dataclasses.replace(
+        config,
+        intermediate_size=config.intermediate_size if "-" in letters else defaults.intermediate_size,
+        mamba=dataclasses.replace(config.mamba, chunk_size=mamba.chunk_size, **initialisation)
+        if "M" in letters
+        else mamba,
+        attention=config.attention if "*" in letters else AttentionConfig(),
+        moe=config.moe if "E" in letters else MoEConfig(),
+        mtp=config.mtp and MTPConfig(pattern=config.mtp.pattern),
+        initializer_std=defaults.initializer_std,
+        max_positions=defaults.max_positions,
+        bos_id=defaults.bos_id,
+        eos_id=defaults.eos_id,
+        pad_id=defaults.pad_id,
+        hf_extra=(),
+    )
+
+
 def replace(config: ModelConfig, overrides: dict[str, object]) -> ModelConfig:
     """A config with some fields replaced; nested sections are dicts: ``{"mamba": {"num_heads": 8}}``.
 

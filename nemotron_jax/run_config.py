@@ -134,7 +134,7 @@ class CheckpointConfig:
     every: int = 100
     keep: int = 2  # the newest ones
     keep_every: int = 0  # beside them, for ever, each step divisible by this; 0: none
-    init_from: str = ""  # a training workdir whose parameters start this run
+    init_from: str = ""  # a training workdir or a Hugging Face directory whose parameters start this run
 
     def __post_init__(self) -> None:
         _check(self.every > 0, f"checkpoint.every must be positive, got {self.every}.")

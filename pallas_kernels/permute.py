@@ -66,24 +66,42 @@ def unpermute(rows: jax.Array, row_map: jax.Array, weights: jax.Array, *, impl: 
 
 def permute_reference(x: jax.Array, expert_ids: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sort the entries (token, slot) by expert and gather."""
-    expert_of_entry = expert_ids.reshape(-1).astype(jnp.int32)
-    entry_of_row = jnp.argsort(expert_of_entry, stable=True).astype(jnp.int32)
-    # Where each expert's rows end, found in the sorted ids.
-    ends = jnp.searchsorted(expert_of_entry[entry_of_row], jnp.arange(num_experts), side="right")
-    group_sizes = jnp.diff(ends, prepend=0).astype(jnp.int32)
+    expert_of_row, entry_of_row = _sorted_by_expert(expert_ids.reshape(-1).astype(jnp.int32), num_experts)
+    row = jnp.arange(entry_of_row.size, dtype=jnp.int32)
+    # Each expert's last row says where its rows end. The others' writes are dropped, each out of bounds in a place of
+    # its own, so that the indices are unique.
+    is_last = jnp.append(expert_of_row[1:] != expert_of_row[:-1], True)
+    end = jnp.zeros((num_experts,), jnp.int32)
+    end = end.at[jnp.where(is_last, expert_of_row, num_experts + row)].set(row + 1, mode="drop", unique_indices=True)
+    group_sizes = jnp.diff(jax.lax.cummax(end), prepend=0)
     row_map = _inverse(entry_of_row).reshape(expert_ids.shape)
     return _copy_rows(x, entry_of_row, row_map), group_sizes, row_map
+
+
+def _sorted_by_expert(expert_of_entry, num_experts):
+    """Experts in ascending order and the entry of each row; entries of one expert stay in order."""
+    entry = jnp.arange(expert_of_entry.size, dtype=jnp.int32)
+    bits = max(expert_of_entry.size - 1, 0).bit_length()
+    if num_experts << bits > np.iinfo(np.int32).max:
+        return jax.lax.sort((expert_of_entry, entry), num_keys=1, is_stable=True)
+    # Both in one integer: half of the bytes for each pass of a radix sort.
+    key = jax.lax.sort(expert_of_entry << bits | entry, is_stable=False)
+    return key >> bits, key & (1 << bits) - 1
 
 
 def _inverse(permutation):
     """Inverse of a permutation; the indices are unique, so the scatter has one possible result."""
     index = jnp.arange(permutation.size, dtype=jnp.int32)
-    return jnp.zeros_like(index).at[permutation].set(index, unique_indices=True)
+    return jnp.zeros_like(index).at[permutation].set(index, unique_indices=True, mode="promise_in_bounds")
+
+
+def _rows_at(rows, index):
+    return rows.at[index].get(mode="promise_in_bounds")
 
 
 @jax.custom_vjp
 def _copy_rows(x, entry_of_row, row_map):
-    return x[entry_of_row // row_map.shape[1]]
+    return _rows_at(x, entry_of_row // row_map.shape[1])
 
 
 def _copy_rows_fwd(x, entry_of_row, row_map):
@@ -94,7 +112,7 @@ def _copy_rows_bwd(row_map, d_rows):
     dtype = jnp.promote_types(d_rows.dtype, jnp.float32)
     d_x = jnp.zeros((row_map.shape[0], d_rows.shape[1]), dtype)
     for slot in range(row_map.shape[1]):
-        d_x += d_rows[row_map[:, slot]].astype(dtype)
+        d_x += _rows_at(d_rows, row_map[:, slot]).astype(dtype)
     return d_x.astype(d_rows.dtype), None, None
 
 
@@ -107,7 +125,7 @@ def unpermute_reference(rows: jax.Array, row_map: jax.Array, weights: jax.Array)
     dtype = jnp.promote_types(rows.dtype, jnp.float32)
     y = jnp.zeros((row_map.shape[0], rows.shape[1]), dtype)
     for slot in range(row_map.shape[1]):
-        y += weights[:, slot, None].astype(dtype) * rows[row_map[:, slot]].astype(dtype)
+        y += weights[:, slot, None].astype(dtype) * _rows_at(rows, row_map[:, slot]).astype(dtype)
     return y.astype(rows.dtype)
 
 
@@ -120,10 +138,10 @@ def _unpermute_bwd(residuals, d_y):
     dtype = jnp.promote_types(rows.dtype, jnp.float32)
     d_y = d_y.astype(dtype)
     slots = range(row_map.shape[1])
-    d_weights = jnp.stack([(d_y * rows[row_map[:, slot]].astype(dtype)).sum(-1) for slot in slots], axis=1)
+    d_weights = jnp.stack([(d_y * _rows_at(rows, row_map[:, slot]).astype(dtype)).sum(-1) for slot in slots], axis=1)
     entry_of_row = _inverse(row_map.reshape(-1))
-    weight_of_row = weights.reshape(-1)[entry_of_row].astype(dtype)
-    d_rows = weight_of_row[:, None] * d_y[entry_of_row // row_map.shape[1]]
+    weight_of_row = _rows_at(weights.reshape(-1), entry_of_row).astype(dtype)
+    d_rows = weight_of_row[:, None] * _rows_at(d_y, entry_of_row // row_map.shape[1])
     return d_rows.astype(rows.dtype), None, d_weights.astype(weights.dtype)
 
 

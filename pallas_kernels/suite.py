@@ -6,7 +6,7 @@ the released models), ``example_inputs(case, seed, dtype)``, traceable, and ``co
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,8 @@ class Op:
       cost: case -> Cost.
       float32: inputs that the model keeps in float32 beside bfloat16 activations.
       truth: implementation that, in float32, the others are compared with at any size.
+      peers: other ways to spend the same arithmetic, to compare times with; not implementations, since they compute
+        something else or take some inputs only (ValueError for the rest).
       checked: settings that a check adds, to see outputs that a benchmark leaves out.
       backward: whether the op has gradients.
     """
@@ -47,8 +49,18 @@ class Op:
     cost: Callable[[Any], Cost]
     float32: tuple[str, ...] = ()
     truth: str = "reference"
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     checked: Mapping[str, Any] = field(default_factory=dict)
     backward: bool = True
+
+
+def _dense_matmul(lhs, rhs, group_sizes, *, activation):
+    """A batched product over groups of equal size, whatever their real sizes."""
+    groups, inputs, outputs = rhs.shape
+    if lhs.shape[0] % groups:
+        raise ValueError(f"{lhs.shape[0]} rows are not a multiple of {groups} groups")
+    product = jnp.einsum("emk,ekn->emn", lhs.reshape(groups, -1, inputs), rhs)
+    return _grouped.ACTIVATIONS[activation](product.reshape(-1, outputs))
 
 
 SUITE = {
@@ -75,6 +87,7 @@ SUITE = {
         _grouped.BENCHMARKS,
         _grouped.example_inputs,
         _grouped.cost,
+        peers={"dense": _dense_matmul},
         truth="blocked",  # ragged_dot expands to the rows times the groups on GPUs
     ),
     "attention": Op(
@@ -124,7 +137,7 @@ class Inputs:
 
 
 def inputs(op: str, case: Any, seed: int = 0, dtype: DTypeLike = jnp.bfloat16, *, abstract: bool = False) -> Inputs:
-    """Random inputs of a case, made on the device; ``abstract``: shapes and dtypes only, whatever the size."""
+    """Random inputs of a case, made on the device; ``abstract``: their shapes and dtypes, whatever the size."""
     entry = SUITE[op]
     settings: dict[str, Any] = {}
 
@@ -138,7 +151,7 @@ def inputs(op: str, case: Any, seed: int = 0, dtype: DTypeLike = jnp.bfloat16, *
             if isinstance(value, jax.Array)
         }
 
-    return Inputs(jax.eval_shape(arrays) if abstract else jax.jit(arrays)(), settings)
+    return Inputs(jax.eval_shape(arrays) if abstract else arrays(), settings)
 
 
 def _is_float(z: Any) -> bool:
@@ -146,10 +159,14 @@ def _is_float(z: Any) -> bool:
 
 
 def forward(op: str, impl: str | None, settings: Mapping[str, Any]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """A function {name: array} -> tuple of outputs."""
+    """A function {name: array} -> tuple of outputs; ``impl`` may also be a peer."""
+    entry = SUITE[op]
 
     def call(arrays: dict[str, Any]) -> tuple[Any, ...]:
-        out = SUITE[op].function(**arrays, **settings, impl=impl)
+        if impl is not None and impl in entry.peers:
+            out = entry.peers[impl](**arrays, **settings)
+        else:
+            out = entry.function(**arrays, **settings, impl=impl)
         return out if isinstance(out, tuple) else (out,)
 
     return call
@@ -181,17 +198,14 @@ def output_gradients(op: str, given: Inputs, seed: int = 0, *, abstract: bool = 
     if abstract:
         return floats
 
-    def make() -> list[jax.Array]:
-        keys = jax.random.split(jax.random.key(seed + 1), len(floats))
-        return [jax.random.normal(k, z.shape, jnp.float32).astype(z.dtype) for k, z in zip(keys, floats, strict=True)]
-
-    return jax.jit(make)()
+    keys = jax.random.split(jax.random.key(seed + 1), len(floats))
+    return [jax.random.normal(k, z.shape, jnp.float32).astype(z.dtype) for k, z in zip(keys, floats, strict=True)]
 
 
 def implementations(op: str, given: Inputs) -> dict[str, str]:
-    """{implementation: "" or why it cannot take these inputs here (or on the GPU that `compiling_for` names)}."""
+    """{implementation or peer: "" or why it cannot take these inputs here (or on the GPU being compiled for)}."""
     reasons = {}
-    for impl in dispatch.OPS[op]:
+    for impl in (*dispatch.OPS[op], *SUITE[op].peers):
         try:
             jax.eval_shape(forward(op, impl, given.settings), given.arrays)
             reasons[impl] = ""
@@ -200,27 +214,50 @@ def implementations(op: str, given: Inputs) -> dict[str, str]:
     return reasons
 
 
-def errors(op: str, case: Any, impl: str, seed: int = 0, dtype: DTypeLike = jnp.bfloat16) -> dict[str, float]:
+def errors(
+    op: str, case: Any, impl: str, seeds: Sequence[int] = (0,), dtype: DTypeLike = jnp.bfloat16
+) -> dict[str, float]:
     """Relative Frobenius errors ||got - want|| / ||want|| of every output and gradient; want is the float32 truth.
 
-    Integer outputs count 0 when equal, else infinity; NaN counts as infinity.
+    The largest of all seeds. Integer outputs count 0 when equal, else infinity; NaN counts as infinity. "repeat" is 0
+    when a second run on the same inputs gives the same bits, else infinity.
     """
     entry = SUITE[op]
-    given = inputs(op, case, seed, dtype)
-    given = Inputs(given.arrays, given.settings | dict(entry.checked))
-    d_outputs = output_gradients(op, given, seed) if entry.backward else []
+    runs: dict[str, Any] = {}
 
     def run(impl: str, given: Inputs, d_outputs: list[Any]) -> dict[str, jax.Array]:
-        if not entry.backward:
-            outputs, grads = jax.jit(forward(op, impl, given.settings))(given.arrays), {}
-        else:
-            outputs, grads = jax.jit(forward_backward(op, impl, given.settings))(given.arrays, d_outputs)
+        if impl not in runs:
+            both = forward_backward if entry.backward else _forward_only
+            runs[impl] = jax.jit(both(op, impl, given.settings))
+        outputs, grads = runs[impl](given.arrays, d_outputs)
         named = {f"out{i or ''}": z for i, z in enumerate(outputs)}
         return named | {f"d_{name}": z for name, z in grads.items()}
 
-    want = run(entry.truth, given.cast(jnp.float32), [z.astype(jnp.float32) for z in d_outputs])
-    got = run(impl, given, d_outputs)
-    return {name: float(_distance(got[name], want[name])) for name in want}
+    worst: dict[str, float] = {}
+    for seed in seeds:
+        given = inputs(op, case, seed, dtype)
+        given = Inputs(given.arrays, given.settings | dict(entry.checked))
+        d_outputs = output_gradients(op, given, seed) if entry.backward else []
+        got = run(impl, given, d_outputs)
+        again = run(impl, given, d_outputs)
+        found = {"repeat": max(float(_differs(got[name], again[name])) for name in got)}
+        del again
+        want = run(entry.truth, given.cast(jnp.float32), [z.astype(jnp.float32) for z in d_outputs])
+        found |= {name: float(_distance(got[name], want[name])) for name in want}
+        worst = {name: max(error, worst.get(name, 0.0)) for name, error in found.items()}
+    return worst
+
+
+def _forward_only(op, impl, settings):
+    call = forward(op, impl, settings)
+    return lambda arrays, _: (call(arrays), {})
+
+
+@jax.jit
+def _differs(a, b):
+    """0.0 where the bits are equal, NaN included, else infinity."""
+    same = (a == b) | ((a != a) & (b != b))
+    return jnp.where(same.all(), 0.0, jnp.inf)
 
 
 @jax.jit

@@ -18,7 +18,7 @@ from nemotron_jax.model.counts import count_parameters, flops_per_token
 from nemotron_jax.parallel.mesh import make_mesh
 from nemotron_jax.run_config import ParallelConfig
 
-MODEL = replace(preset("quickstart"), {"vocab_size": 512, "moe": {"num_experts": 4}})
+MODEL = replace(preset("quickstart"), {"pattern": "ME*", "vocab_size": 512, "moe": {"num_experts": 4}})
 WORK = bench.Workload(MODEL, batch=8, seq=32, precision="bfloat16", steps=2)
 MESH = make_mesh(ParallelConfig())
 

@@ -211,7 +211,10 @@ def test_only_users_mistakes_are_turned_into_messages(monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "eval.py needs --checkpoint=DIR (the --workdir of a training run) and --task=TASK (perplexity, score)."),
+        (
+            [],
+            "eval.py needs --checkpoint=DIR (a training workdir or an HF directory) and --task=TASK (",
+        ),
         (["--checkpont=."], "unknown flag --checkpont. Did you mean '--checkpoint'?"),
         (["--checkpoint=none", "--task=score"], "--checkpoint: there is no 'none'"),
         (["--checkpoint=", "--task=score"], "--checkpoint: there is no ''"),
@@ -264,12 +267,13 @@ def test_eval_scores_into_a_file(monkeypatch, capfd, likelihood, tmp_path: Path)
 
 
 NEITHER = "generate needs either --prompt=TEXT, or --prompt-tokens=IN.npy and --out=OUT.npy."
+CHAT_FLAGS = "--system, --no-thinking and --raw go with --prompt=TEXT"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "needs one of the commands params, generate, bench; got none."),
+        ([], "needs one of the commands params, generate, convert, bench; got none."),
         (["parms"], "got 'parms'. Did you mean 'params'?"),
         (["--seq=3"], "got '--seq=3'."),
         (["params"], "params needs a preset (nano, lightning, "),
@@ -284,6 +288,9 @@ NEITHER = "generate needs either --prompt=TEXT, or --prompt-tokens=IN.npy and --
         (["generate", "--checkpoint=.", "--prompt=a", "--prompt-tokens=."], NEITHER),
         (["generate", "--checkpoint=.", "--prompt=a", "--out=b.npy"], NEITHER),
         (["generate", "--checkpoint=.", "--prompt-tokens=."], NEITHER),
+        (["generate", "--checkpoint=.", "--prompt-tokens=.", "--out=b.npy", "--raw"], CHAT_FLAGS),
+        (["generate", "--checkpoint=.", "--prompt-tokens=.", "--out=b.npy", "--system="], CHAT_FLAGS),
+        (["generate", "--checkpoint=.", "--prompt-tokens=.", "--out=b.npy", "--no-thinking"], CHAT_FLAGS),
         (["generate", "--checkpoint=.", "--prompt=a", "--tokens=0"], "--tokens: expected a positive number of tokens"),
         (["generate", "--checkpoint=.", "--prompt=a", "--temperature=-1"], "--temperature: expected a number that is"),
         (["generate", "--checkpoint=.", "--prompt=a", "--top-p=0"], "--top-p must be in (0, 1], got 0.0."),
@@ -338,31 +345,6 @@ def test_params_reads_presets_and_directories(monkeypatch, capfd, tmp_path: Path
     assert 0 < results[0]["mtp"] < results[0]["total"]
     longer = json.loads(call(monkeypatch, capfd, "nemotron_jax", "params", "quickstart")[1])
     assert longer["flops_per_token"] > results[0]["flops_per_token"]
-
-
-@pytest.fixture
-def generation(monkeypatch):
-    asked = []
-    module = types.ModuleType("generate")
-    module.generate_text = lambda *arguments, **settings: asked.append((arguments, settings)) or iter(["né", "w"])
-    module.generate_tokens = lambda *arguments, **settings: asked.append((arguments, settings))
-    monkeypatch.setitem(sys.modules, "nemotron_jax.inference.generate", module)
-    return asked
-
-
-def test_generate_streams_text(monkeypatch, capfd, generation, tmp_path: Path):
-    flags = [f"--checkpoint={tmp_path}", "--prompt=", "--tokens=5", "--temperature=0", "--top-p=1", "--top-k=3"]
-    assert call(monkeypatch, capfd, "nemotron_jax", "generate", *flags, "--seed=7") == (0, "néw\n", "")
-    settings = {"tokens": 5, "temperature": 0.0, "top_p": 1.0, "top_k": 3, "seed": 7}
-    assert generation == [((tmp_path, ""), settings)]
-
-
-def test_generate_continues_tokens(monkeypatch, capfd, generation, tmp_path: Path):
-    (tmp_path / "in.npy").touch()
-    flags = [f"--checkpoint={tmp_path}", f"--prompt-tokens={tmp_path / 'in.npy'}", f"--out={tmp_path / 'out.npy'}"]
-    assert call(monkeypatch, capfd, "nemotron_jax", "generate", *flags) == (0, "", "")
-    settings = {"tokens": 256, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "seed": 0}
-    assert generation == [((tmp_path, tmp_path / "in.npy", tmp_path / "out.npy"), settings)]
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,44 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from nemotron_jax.checkpoint.store import CheckpointStore, Restored, read_json
+from nemotron_jax.checkpoint.hf_directory import QUANTIZED, HFDirectory
+from nemotron_jax.checkpoint.store import CheckpointStore, Restored, named_leaves, read_json
 from nemotron_jax.config import ModelConfig
 from nemotron_jax.errors import CheckpointError
 from nemotron_jax.model.nemotron import Nemotron, abstract, split_model
+from nemotron_jax.parallel.mesh import shardings
 from nemotron_jax.precision.recipe import recipe
 from nemotron_jax.run_config import RunConfig, from_dict
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 TOKENIZER_FILE = "tokenizer.json"
+EXPECTED = "give the --workdir of a training run, or a Hugging Face directory"
+
+
+def is_hf(path: Path) -> bool:
+    """Whether a directory is laid out as Hugging Face's: its config.json has a model_type.
+
+    Raises:
+      CheckpointError: it is no directory with a config.json.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no directory: {EXPECTED}.")
+    file = path / CONFIG_FILE
+    if not file.exists():
+        raise CheckpointError(f"{path} holds no {CONFIG_FILE}: {EXPECTED}.")
+    return "model_type" in read_json(file, "the config of a model")
+
+
+def model_config(path: Path) -> ModelConfig:
+    """The model of a directory of either kind. Raises CheckpointError."""
+    if not is_hf(path):
+        return run_config(path).model
+    return HFDirectory(path).config
 
 
 def run_config(path: Path) -> RunConfig:
@@ -28,35 +53,96 @@ def run_config(path: Path) -> RunConfig:
     Raises:
       CheckpointError: there is none, or it is no training workdir.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no directory: give the --workdir of a training run.")
-    file = path / CONFIG_FILE
-    if not file.exists():
-        raise CheckpointError(f"{path} holds no {CONFIG_FILE}: give the --workdir of a training run.")
-    values = read_json(file, "the config of a training run")
-    if "model_type" in values:
-        raise CheckpointError(f"{path} is a Hugging Face directory; only training workdirs can be read so far.")
+    if is_hf(path):
+        raise CheckpointError(f"{path} is a Hugging Face directory: give the --workdir of a training run.")
+    values = read_json(path / CONFIG_FILE, "the config of a training run")
     return from_dict(values)
 
 
-def load(path: str | Path, *, step: int | None = None, precision: str = "auto") -> tuple[ModelConfig, Nemotron]:
-    """Configuration and model of a training workdir, on the first device.
+def load(
+    path: str | Path, *, step: int | None = None, precision: str = "auto", mesh: Mesh | None = None
+) -> tuple[ModelConfig, Nemotron]:
+    """Configuration and model of a training workdir or a Hugging Face directory.
+
+    Each device reads its own part of each weight. Weights are float32, quantised ones dequantised.
 
     Args:
-      path: the ``--workdir`` of a run.
-      step: which checkpoint; None: the newest whole one.
+      path: the ``--workdir`` of a run, or a directory with config.json and safetensors files.
+      step: which checkpoint of a run; None: the newest whole one.
       precision: recipe to compute in: "auto", "float32", "bfloat16".
+      mesh: of parallel.mesh.make_mesh, to shard the weights by its table; None: all on the first device.
 
     Raises:
-      CheckpointError: no such directory, step, or usable checkpoint.
+      CheckpointError: no such directory, step, or usable checkpoint; everything that is wrong with it.
     """
-    path = Path(path)
-    config = run_config(path).model
+    path = Path(path).expanduser()
+    source = HFDirectory(path) if is_hf(path) else None
+    config = source.config if source else run_config(path).model
     graphdef, params, buffers = split_model(abstract(config, recipe(precision)))
-    device = SingleDeviceSharding(jax.devices()[0])
     template = {"params": params, "buffers": {"model": buffers, "seed": jax.ShapeDtypeStruct((), jnp.uint32)}}
-    items = read_items(path, _on(template, device), step=step).items
+    if mesh is None:
+        placed = _on(template, SingleDeviceSharding(jax.devices()[0]))
+    else:
+        placed = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            template,
+            shardings(template, mesh),
+        )
+    items = read_weights(source or path, placed, step=step)
     return config, nnx.merge(graphdef, items["params"], items["buffers"]["model"])
+
+
+def read_weights(source: Path | HFDirectory, template: dict[str, Any], *, step: int | None = None) -> dict[str, Any]:
+    """Parameters and buffers of a directory of either kind, in the place of the template's shapes.
+
+    Args:
+      template: {"params": tree, "buffers": {"model": tree, "seed": scalar}} of ShapeDtypeStruct with shardings.
+
+    Returns:
+      The same tree of arrays; a Hugging Face directory has no seed.
+
+    Raises:
+      CheckpointError: everything that is wrong with the directory.
+    """
+    if isinstance(source, Path):
+        if not is_hf(source):
+            return _read_workdir(source, template, step)
+        source = HFDirectory(source)
+    if step is not None:
+        raise CheckpointError(f"{source.path} is a Hugging Face directory and has no steps: leave step away.")
+    items = {
+        "params": _from_hf(source, template["params"]),
+        "buffers": {"model": _from_hf(source, template["buffers"]["model"])},
+    }
+    source.report.raise_if_any("Nothing was loaded.")
+    return items
+
+
+def _from_hf(source: HFDirectory, template: Any) -> Any:
+    leaves = [_leaf(source, name, wanted) for name, wanted in named_leaves(template).items()]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _leaf(source: HFDirectory, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """One leaf, each device's part read for that device alone."""
+
+    def part(index: Any) -> np.ndarray:
+        return source.leaf(name, index).astype(wanted.dtype, copy=False)
+
+    return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
+
+
+def _read_workdir(path: Path, template: dict[str, Any], step: int | None) -> dict[str, Any]:
+    if not (path / QUANTIZED).is_dir():
+        return read_items(path, template, step=step).items
+    source = HFDirectory(path / QUANTIZED, partial=True)
+    flat = named_leaves(template["params"])
+    aside = {name for name in flat if source.scheme(source.table.of_leaf[name][0]) is not None}
+    kept = {name: wanted for name, wanted in flat.items() if name not in aside}
+    items = read_items(path, {**template, "params": kept}, step=step).items
+    leaves = [items["params"][name] if name in kept else _leaf(source, name, flat[name]) for name in flat]
+    source.report.raise_if_any("Nothing was loaded.")
+    return {**items, "params": jax.tree.unflatten(jax.tree.structure(template["params"]), leaves)}
 
 
 def read_items(path: Path, template: dict[str, Any], *, step: int | None = None) -> Restored:

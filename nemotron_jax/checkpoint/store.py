@@ -15,7 +15,8 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class CheckpointStore:
     def save(self, step: int, items: Tree, data: dict[str, Any]) -> None:
         """Starts saving; returns once the arrays are copied. Raises CheckpointError if this or the last save failed."""
         meta = {"format": FORMAT, "data": data, "checksums": _checksums(items)}
-        saves = {name: ocp.args.StandardSave(_nested(items[name])) for name in ITEMS}
+        saves = {name: ocp.args.StandardSave(_nested(tree)) for name, tree in items.items()}
         with _failures_of_saving(self.directory, step):
             self._manager.save(step, args=ocp.args.Composite(**saves, meta=ocp.args.JsonSave(meta)))
 
@@ -194,7 +195,11 @@ class _failures_of_saving:
 def _remove_uncommitted(directory: Path) -> None:
     for path in directory.iterdir() if directory.is_dir() else ():
         if path.is_dir() and not (path / "commit_success.txt").exists():
-            shutil.rmtree(path, ignore_errors=True)
+            for _ in range(50):  # writes that were under way when one failed still put files there
+                shutil.rmtree(path, ignore_errors=True)
+                if not path.exists():
+                    break
+                time.sleep(0.1)
 
 
 def _first_line(error: BaseException) -> str:
@@ -251,14 +256,53 @@ def _checksum_all(leaves: dict[str, Array]) -> dict[str, Array]:
 
 
 def _checksum(leaf: Array) -> Array:
-    """A uint32 that changes with any bit of a leaf and with the order of its elements; exact on any sharding."""
+    """A uint32 that changes with any bit of a leaf and with the order of its elements; exact on any sharding.
+
+    Floats narrower than float32 count as their float32 value, so that a leaf may be read as either.
+    """
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and np.dtype(leaf.dtype).itemsize < 4:
+        leaf = leaf.astype(jnp.float32)
     width = np.dtype(leaf.dtype).itemsize
     bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
     weight = jnp.uint32(1)
     for axis, size in enumerate(bits.shape):
         position = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        weight = weight * jnp.uint32((size * 2654435761 + 40503) % 2**32 | 1) + position * jnp.uint32(2)
+        weight = weight * jnp.uint32(_factor(size)) + position * jnp.uint32(2)
     return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def _factor(size: int) -> int:
+    return (size * 2654435761 + 40503) % 2**32 | 1
+
+
+def block_checksum(block: np.ndarray, start: Sequence[int], shape: tuple[int, ...]) -> int:
+    """The share of a block, whose first element has index ``start``, in the checksum of a leaf of this shape.
+
+    The weights of _checksum are a constant plus, for each axis, a multiple of the index along it. So sums along the
+    axes are enough, which numpy makes at the speed of memory.
+    """
+    shift = 0
+    if block.dtype.name == "bfloat16":  # its float32 value has these bits in front, and zeros behind
+        bits, shift = block.view(np.uint16), 16
+    elif block.dtype.kind in "iu":
+        bits = block.view(f"u{block.dtype.itemsize}").astype(np.uint32, copy=False)
+    else:
+        bits = block.astype(np.float32, copy=False).view(np.uint32)
+    scales = [1]
+    for size in reversed(shape):
+        scales.insert(0, scales[0] * _factor(size) % 2**32)
+    total = 0
+    for axis, (first, scale) in enumerate(zip(start, scales[1:], strict=True)):
+        # Sums over the elements before and behind an axis, modulo the size of their type.
+        sums = bits.reshape(*bits.shape[: axis + 1], -1).sum(-1, dtype=bits.dtype)
+        sums = sums.reshape(-1, bits.shape[axis]).sum(0, dtype=bits.dtype).astype(np.uint64)
+        positions = np.arange(first, first + len(sums), dtype=np.uint64)
+        total += 2 * scale * int((sums * positions).sum(dtype=np.uint64))
+        if axis == 0:
+            total += scales[0] * int(sums.sum())
+    if not shape:
+        total = int(bits)
+    return (total << shift) % 2**32
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

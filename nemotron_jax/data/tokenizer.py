@@ -1,7 +1,7 @@
 """Text <-> token ids, through a Hugging Face ``tokenizer.json``; and the training of a small byte-level BPE.
 
 Special tokens in a text are text: a page that happens to contain ``<s>`` or ``<|im_end|>`` is spelled out, so decoding
-gives the text back and no document can end itself.
+gives the text back and no document can end itself. Only in the output of a chat template do they mean what they name.
 """
 
 from __future__ import annotations
@@ -79,6 +79,32 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """One text -> int32 [tokens]."""
         return self.encode_batch([text])[0]
+
+    @property
+    def opening_ids(self) -> list[int]:
+        """What the tokenizer itself puts in front of a text, by its post-processor in tokenizer.json.
+
+        Of the Nemotron-H tokenizers the dense models' put ``<s>`` there, those of the mixtures of experts nothing (so
+        llama.cpp's conversion of NemotronH). One without a post-processor does not say: the opening token.
+        """
+        if self._tokenizer.post_processor is None:
+            return [self.bos_id]
+        encoding = self._tokenizer.encode("x", add_special_tokens=True)
+        return encoding.ids[: encoding.special_tokens_mask.index(0)]
+
+    def encode_chat(self, text: str) -> np.ndarray:
+        """The text of a chat template -> int32 [tokens]; here the names of special tokens are those tokens."""
+        return np.asarray(self._chat_tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @functools.cached_property
+    def _chat_tokenizer(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())  # which is not told to spell out special tokens
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token such as ``<|im_end|>``; None where there is no special token of this name."""
+        number = self._vocabulary.get(name)
+        added = self._tokenizer.get_added_tokens_decoder()
+        return number if number in added and added[number].special else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids -> text; special tokens show as their names, bytes that are no UTF-8 as U+FFFD."""

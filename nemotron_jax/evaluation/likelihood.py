@@ -16,11 +16,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from nemotron_jax.checkpoint.load import load, run_config
+from nemotron_jax.checkpoint.load import is_hf, load, run_config
 from nemotron_jax.data.pipeline import evaluation_batches
 from nemotron_jax.errors import DataError
-from nemotron_jax.inference.generate import load_tokenizer, read_tokens, write_array
+from nemotron_jax.inference.generate import read_tokens, write_array
+from nemotron_jax.inference.text import load_tokenizer
 from nemotron_jax.model.context import Context
+from nemotron_jax.run_config import DataConfig
 
 ROWS = 8  # rows scored at a time
 
@@ -35,8 +37,8 @@ def _logprobs(graphdef: nnx.GraphDef, variables: Any, tokens_BT: Array, targets_
 def perplexity(checkpoint: Path, data: str, *, step: int | None = None) -> dict[str, Any]:
     """How well a checkpoint predicts the documents of some files.
 
-    Each document is ``<s> text </s>`` in rows of the training length; every token but ``<s>`` is predicted once,
-    from what precedes it in its row.
+    Each document is ``<s> text </s>`` in rows of the training length (of a Hugging Face directory: 8192, or what the
+    model holds); every token but ``<s>`` is predicted once, from what precedes it in its row.
 
     Args:
       data: comma-separated paths, globs or "stdlib", as in ``data.files``.
@@ -45,18 +47,19 @@ def perplexity(checkpoint: Path, data: str, *, step: int | None = None) -> dict[
       nll_per_token (natural log), perplexity, bits_per_byte (all of the nll over the bytes of the text; None where
       some of the data are tokens whose text is not known), tokens.
     """
-    config = run_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
+    config, model = load(checkpoint, step=step)
+    settings = DataConfig() if is_hf(checkpoint) else run_config(checkpoint).data
     batches, abouts = evaluation_batches(
         data,
         tokenizer,
-        seq_len=config.data.seq_len,
+        seq_len=min(settings.seq_len, config.max_positions),
         batch_size=ROWS,
-        vocab_size=config.model.vocab_size,
-        text_field=config.data.text_field,
+        vocab_size=config.vocab_size,
+        text_field=settings.text_field,
     )
     sizes = [about.text_bytes for about in abouts]
-    graphdef, variables = nnx.split(load(checkpoint, step=step)[1])
+    graphdef, variables = nnx.split(model)
     nll, tokens = 0.0, 0
     for batch in batches:
         logprobs = np.asarray(_logprobs(graphdef, variables, batch.tokens, batch.targets, batch.segment_ids))

@@ -1,4 +1,4 @@
-"""Generation: prefill the prompts, then one token at a time.
+"""Generation of token ids: prefill the prompts, then one token at a time.
 
 Shapes: B batch, T time.
 """
@@ -16,9 +16,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from nemotron_jax.checkpoint.load import TOKENIZER_FILE, load
-from nemotron_jax.data.tokenizer import Tokenizer
-from nemotron_jax.errors import CheckpointError, ConfigError, DataError
+from nemotron_jax.checkpoint.load import load
+from nemotron_jax.errors import ConfigError, DataError
 from nemotron_jax.inference.sampling import Sampling, sample
 from nemotron_jax.model.context import Context
 from nemotron_jax.model.nemotron import Nemotron
@@ -31,21 +30,26 @@ def generate(
     """Yields [B] int32, the next token of every prompt, ``tokens`` times. Rows do not influence each other.
 
     Raises:
-      ConfigError: no prompt, an empty one, or a token that is not in the vocabulary.
+      ConfigError: no prompt, an empty one, a token that is not in the vocabulary, or more tokens than the model holds.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ConfigError("generate needs at least one prompt, and no empty ones: begin with the <s> token.")
     vocab = model.config.vocab_size
     worst = max(int(prompt.max()) for prompt in prompts)
     if worst >= vocab or min(int(prompt.min()) for prompt in prompts) < 0:
-        raise ConfigError(f"a prompt holds token ids outside of the model's vocabulary of {vocab} (largest {worst}).")
+        raise ConfigError(
+            f"a prompt must hold token ids from 0 to {vocab - 1}, the model's vocabulary; its largest is {worst}: "
+            "the ids, or the tokenizer, are those of another model."
+        )
     if not 0 <= seed < 2**32:
         raise ConfigError(f"the seed must be in [0, 2^32), got {seed}.")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if tokens < 1 or lengths.max() + tokens > model.config.max_positions:
+    if tokens < 1:
+        raise ConfigError(f"the number of new tokens must be positive, got {tokens}.")
+    if lengths.max() + tokens > model.config.max_positions:
         raise ConfigError(
-            f"{tokens} tokens after a prompt of {lengths.max()} were asked for; the model holds at least 1 and at most "
-            f"{model.config.max_positions} in all."
+            f"the model holds {model.config.max_positions} tokens, old and new ones together; got a prompt of "
+            f"{lengths.max()} and {tokens} new tokens: shorten the prompt or ask for fewer."
         )
     # Powers of two: a new prompt rarely means a new compilation.
     padded = np.zeros((len(prompts), 1 << int(lengths.max() - 1).bit_length()), np.int32)
@@ -79,71 +83,6 @@ def _step(
     last = tokens_BT.shape[1] - 1 if new_tokens is None else new_tokens - 1
     hidden_BD = hidden_BTD[jnp.arange(hidden_BTD.shape[0]), last]
     return sample(model.logits(hidden_BD), key, sampling), new_state
-
-
-def stream_text(
-    model: Nemotron, tokenizer: Tokenizer, prompt: str, tokens: int, sampling: Sampling, *, seed: int = 0
-) -> Iterator[str]:
-    """Yields pieces of the continuation of one prompt until ``tokens`` tokens or an end of text.
-
-    A character whose bytes are spread over several tokens is held back until it is whole.
-    """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError("the prompt is not valid UTF-8.") from error
-    ids = tokenizer.encode(prompt)
-    prompt_ids = np.concatenate([[tokenizer.bos_id], ids])
-    stop = {model.config.eos_id, tokenizer.eos_id}
-    made: list[int] = []
-    shown = ""
-    for (token,) in generate(model, [prompt_ids.astype(np.int32)], tokens, sampling, seed=seed):
-        if int(token) in stop:
-            break
-        made.append(int(token))
-        text = tokenizer.decode(made)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(shown) :]
-            shown = text
-    if made and (rest := tokenizer.decode(made)[len(shown) :]):
-        yield rest
-
-
-SAMPLE_PROMPTS = ("import os\nimport sys\n\n\ndef main():\n", 'class Reader:\n    """', "    def __init__(self,")
-
-
-def sample_text(model: Nemotron, tokenizer: Tokenizer) -> str:
-    """What a run leaves in sample.txt: 100 tokens after each of a few prompts, temperature 0.7, top_p 0.9."""
-    sampling = Sampling(temperature=0.7, top_p=0.9)
-    parts = []
-    for seed, prompt in enumerate(SAMPLE_PROMPTS):
-        text = "".join(stream_text(model, tokenizer, prompt, 100, sampling, seed=seed))
-        parts.append(f"--- prompt: {prompt!r}\n{prompt}{text}\n")
-    return "\n".join(parts)
-
-
-def generate_text(
-    checkpoint: Path, prompt: str, *, tokens: int, temperature: float, top_p: float, top_k: int, seed: int
-) -> Iterator[str]:
-    """Streams the continuation of a prompt by the model of a training workdir.
-
-    Raises:
-      CheckpointError: no usable checkpoint, or no tokenizer beside it.
-    """
-    sampling = Sampling(temperature, top_k, top_p)
-    tokenizer = load_tokenizer(checkpoint)
-    _, model = load(checkpoint)
-    return stream_text(model, tokenizer, prompt, tokens, sampling, seed=seed)
-
-
-def load_tokenizer(checkpoint: Path) -> Tokenizer:
-    """The tokenizer that a training run left in its workdir."""
-    file = checkpoint / TOKENIZER_FILE
-    if not file.exists():
-        raise CheckpointError(
-            f"{checkpoint} holds no {TOKENIZER_FILE} (a run on .bin/.idx data has none): work with token ids instead."
-        )
-    return Tokenizer.load(file)
 
 
 def generate_tokens(

@@ -21,6 +21,7 @@ from nemotron_jax.config import ModelConfig, MoEConfig
 from nemotron_jax.model.context import Context
 from nemotron_jax.model.linear import Buffer, Linear, Scope, normal
 from nemotron_jax.model.mlp import FeedForward
+from nemotron_jax.precision.float32 import float32_matmul
 from pallas_kernels import grouped_matmul, permute, unpermute
 
 
@@ -38,10 +39,7 @@ class Router(nnx.Module):
     def __call__(self, h_BTD: Array) -> tuple[Array, Array, Array]:
         """h -> (scores [B, T, E] float32, chosen experts [B, T, K] int32, their weights [B, T, K] float32)."""
         moe = self.config
-        logits_BTE = jnp.einsum(
-            "btd,de->bte", h_BTD.astype(jnp.float32), self.weight[...], precision=lax.Precision.HIGHEST
-        )
-        scores_BTE = jax.nn.sigmoid(logits_BTE)
+        scores_BTE = jax.nn.sigmoid(float32_matmul(h_BTD, self.weight[...]))
         choice_BTE = lax.stop_gradient(scores_BTE) + self.e_score_correction_bias[...]
         if moe.num_groups > 1:
             choice_BTE = _only_best_groups(choice_BTE, moe)

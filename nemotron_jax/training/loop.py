@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from flax import nnx
 from jax import Array
 
 import pallas_kernels.dispatch
-from nemotron_jax.checkpoint.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, read_items, run_config
+from nemotron_jax.checkpoint.companions import carry_to_workdir
+from nemotron_jax.checkpoint.load import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, is_hf, read_weights
+from nemotron_jax.checkpoint.load import model_config as checkpoint_model
 from nemotron_jax.checkpoint.store import CheckpointStore
+from nemotron_jax.config import same_network
 from nemotron_jax.data.pipeline import TrainData, build, load_tokenizer
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.errors import ConfigError, DataError
@@ -194,12 +197,15 @@ class Run:
             return TrainState(**restored.items, **optimizer), restored.step
         state = self.setup.init_state()
         if self.config.checkpoint.init_from:
-            state = self._init_from(state, abstract, Path(self.config.checkpoint.init_from))
+            state = self._init_from(state, abstract, Path(self.config.checkpoint.init_from).expanduser())
         return state, None
 
     def _init_from(self, state: TrainState, abstract: TrainState, source: Path) -> TrainState:
-        """Parameters and router biases of another run; step, optimizer and data position start anew."""
-        items = read_items(source, {"params": abstract.params, "buffers": abstract.buffers}).items
+        """Parameters and router biases of another run or a Hugging Face directory; all else starts anew."""
+        items = read_weights(source, {"params": abstract.params, "buffers": abstract.buffers})
+        if self.first_process and is_hf(source):
+            with workdirs.writing(self.workdir):
+                carry_to_workdir(source, self.workdir)
         return TrainState(
             step=state.step,
             params=items["params"],
@@ -311,7 +317,7 @@ def _open_data(config: RunConfig, workdir: Path) -> tuple[Tokenizer | None, Trai
     if tokenizer is not None and first_process:
         _keep_tokenizer(tokenizer, workdir)
     if config.checkpoint.init_from:
-        _check_source(config, tokenizer, Path(config.checkpoint.init_from))
+        _check_source(config, tokenizer, Path(config.checkpoint.init_from).expanduser())
     data = build(
         config.data,
         tokenizer,
@@ -346,8 +352,10 @@ def _keep_tokenizer(tokenizer: Tokenizer, workdir: Path) -> None:
 
 def _check_source(config: RunConfig, tokenizer: Tokenizer | None, source: Path) -> None:
     """Raises ConfigError when the run to start from has another model or another tokenizer than this one."""
-    theirs, ours = (to_dict(one)["model"] for one in (run_config(source), config))
-    if differences := differing_keys(theirs, ours):
+    theirs, ours = checkpoint_model(source), config.model
+    if not same_network(theirs, ours):
+        values = (to_dict(RunConfig(replace(model, hf_extra=())))["model"] for model in (theirs, ours))
+        differences = differing_keys(*values)
         raise ConfigError(
             f"checkpoint.init_from={source} holds another model; these keys differ (theirs -> ours):\n  "
             + "\n  ".join(differences)

@@ -111,6 +111,20 @@ def test_checksum_sees_bits_and_order(dtype):
     assert int(stores._checksum(base)) == int(stores._checksum(base + 0))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.uint8])
+@pytest.mark.parametrize("shape", [(), (7,), (5, 9), (4, 5, 6)])
+def test_checksums_of_blocks_add_up(dtype, shape):
+    rng = np.random.default_rng(0)
+    leaf = jnp.asarray(rng.normal(size=shape) * 100).astype(dtype)
+    blocks = [()]
+    for size in shape:
+        blocks = [(*block, part) for block in blocks for part in (slice(0, size // 3), slice(size // 3, size))]
+    host = np.asarray(leaf)
+    total = sum(stores.block_checksum(host[block], [part.start for part in block], shape) for block in blocks)
+    assert total % 2**32 == int(stores._checksum(leaf))
+    assert stores._checksum(leaf) == stores._checksum(leaf.astype(jnp.float32)) or dtype in (jnp.int32, jnp.uint8)
+
+
 def test_checksum_does_not_depend_on_the_sharding():
     value = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

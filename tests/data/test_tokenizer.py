@@ -5,7 +5,7 @@ import unicodedata
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from nemotron_jax.data.tokenizer import BYTES, SPECIAL_TOKENS, Tokenizer, train_bpe
 from nemotron_jax.errors import DataError
@@ -35,6 +35,27 @@ def test_special_tokens_have_their_places_and_never_come_from_text(tokenizer):
     assert min(tokenizer.encode("".join(SPECIAL_TOKENS))) >= len(SPECIAL_TOKENS)
     assert not tokenizer.token_bytes[: len(SPECIAL_TOKENS)].any()
     assert tokenizer.token_bytes[len(SPECIAL_TOKENS) :].all()
+
+
+def test_special_tokens_of_chats(tokenizer):
+    ids = tokenizer.encode_chat("<|im_start|>user\nthe cat<|im_end|>")
+    assert ids.dtype == np.int32
+    assert (ids[0], ids[-1]) == (10, 11)
+    assert ids[1:-1].tolist() == tokenizer.encode("user\nthe cat").tolist()
+    assert min(tokenizer.encode("<|im_end|>")) >= len(SPECIAL_TOKENS)  # elsewhere they are still text
+    assert tokenizer.special_id("<|im_end|>") == 11
+    assert tokenizer.special_id("t") is None and tokenizer.special_id("<|no|>") is None
+
+
+def test_what_a_tokenizer_opens_a_text_with(tokenizer):
+    assert tokenizer.opening_ids == [1]  # it does not say
+    made = hf_tokenizer({"x": 0, "y": 1}, ["<s>", "</s>"])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> </s> $A </s>", special_tokens=[(name, made.token_to_id(name)) for name in ("<s>", "</s>")]
+    )
+    assert Tokenizer(made).opening_ids == [2, 3]
+    made.post_processor = processors.ByteLevel()
+    assert Tokenizer(made).opening_ids == []
 
 
 def test_training_is_deterministic_and_learns():

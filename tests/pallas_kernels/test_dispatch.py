@@ -65,7 +65,9 @@ def test_describe_names_every_op():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="grouped_matmul has no implementation 'triton'; known: blocked, reference"):
+    with pytest.raises(
+        ValueError, match="grouped_matmul has no implementation 'triton'; known: mosaic, blocked, reference"
+    ):
         pallas_kernels.grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2]), impl="triton")
     with pytest.raises(ValueError, match="unknown op 'conv'; known ops: ssd, causal_conv1d"):
         dispatch.choose("conv")

@@ -45,7 +45,7 @@ def test_bytes_are_those_of_the_inputs_and_outputs(op: str):
 @every_op
 def test_the_implementation_that_runs_here_agrees_with_the_truth(op: str):
     case = SUITE[op].cases[1]
-    found = suite.errors(op, case, dispatch.choose(op), seed=3)
+    found = suite.errors(op, case, dispatch.choose(op), seeds=(3, 4))
     assert any(name.startswith("d_") for name in found) == SUITE[op].backward
     assert max(found.values()) < 1e-2, found
 
@@ -66,6 +66,23 @@ def test_errors_are_seen(monkeypatch):
         module._IMPLEMENTATIONS, "wrong", lambda x, *args, **kwargs: right(x, *args, **kwargs) * jnp.nan
     )
     assert suite.errors("causal_conv1d", case, "wrong")["out"] == np.inf
+
+
+def test_runs_that_differ_are_seen(monkeypatch):
+    module = suite._conv
+    drawn = np.random.default_rng(0)
+
+    def noisy(x, *args, **kwargs):
+        noise = jax.pure_callback(
+            lambda: np.float32(1e-5 * drawn.standard_normal()), jax.ShapeDtypeStruct((), "float32")
+        )
+        return module.causal_conv1d_reference(x, *args, **kwargs) * (1 + jax.lax.stop_gradient(noise))
+
+    monkeypatch.setitem(module._IMPLEMENTATIONS, "noisy", noisy)
+    monkeypatch.setitem(dispatch.OPS, "causal_conv1d", dispatch.OPS["causal_conv1d"] | {"noisy": str})
+    found = suite.errors("causal_conv1d", module.CASES[0], "noisy", dtype=jnp.float32)
+    assert found.pop("repeat") == np.inf
+    assert max(found.values()) < 1e-3
 
 
 def test_inputs_are_random_and_in_the_dtypes_of_training():

@@ -14,7 +14,8 @@ import nemotron_jax
 from nemotron_jax.data.tokenizer import train_bpe
 from nemotron_jax.errors import CheckpointError, ConfigError, DataError
 from nemotron_jax.evaluation.likelihood import perplexity, score
-from nemotron_jax.inference.generate import generate_tokens, sample_text
+from nemotron_jax.inference.generate import generate_tokens
+from nemotron_jax.inference.text import sample_text
 from nemotron_jax.parallel.mesh import make_mesh
 from nemotron_jax.training import loop, step
 from nemotron_jax.training.loop import DIVERGED, DONE, STOPPED, pretrain

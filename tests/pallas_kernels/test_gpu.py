@@ -1,0 +1,56 @@
+"""Every op, implementation and case on a GPU: bfloat16 against the float32 truth, and the same bits in every run."""
+
+import jax
+import pytest
+
+from pallas_kernels import suite
+from pallas_kernels.dispatch import OPS
+from pallas_kernels.suite import SUITE
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
+]
+
+DRAWS = 10
+TOLERANCE = 1e-2  # relative Frobenius error
+WIDER = {"ssd": {"out1": 2e-2, "d_dt": 2e-2, "d_initial_state": 2e-2}}  # out1: the final state
+# Shapes of the released models, beside all the small ones: those whose float32 truth takes seconds at most.
+BENCHMARKS = {
+    "ssd": ("nano", "nano_packed", "nano-4b"),
+    "causal_conv1d": ("nano", "nano_packed"),
+    "grouped_matmul": ("nano_up_relu2", "nano_down", "super_up", "super_decode_1", "super_decode_32"),
+    "attention": ("nano", "nano_packed"),
+    "decode_attention": ("nano_32x8k", "nano_32x8k_paged"),
+    "permute": ("nano", "super"),
+    "unpermute": ("nano", "super"),
+}
+
+
+SMALL = [(op, case, impl) for op in SUITE for case in SUITE[op].cases for impl in OPS[op]]
+LARGE = [
+    (op, case, impl)
+    for op in SUITE
+    for case in SUITE[op].benchmarks
+    for impl in OPS[op]
+    if case.name in BENCHMARKS[op] and impl not in ("reference", SUITE[op].truth)  # slow, or larger than the memory
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "impl"), [pytest.param(*call, id=f"{call[0]}-{call[1].name}-{call[2]}") for call in SMALL + LARGE]
+)
+def test_values_and_gradients(op: str, case, impl: str):
+    reason = suite.implementations(op, suite.inputs(op, case, abstract=True))[impl]
+    if reason:
+        pytest.skip(reason)
+    found = suite.errors(op, case, impl, seeds=range(DRAWS))
+    print(op, case.name, impl, {name: f"{error:.1e}" for name, error in found.items()})
+    assert found["repeat"] == 0, "two runs on the same inputs differ"
+    wrong = {name: error for name, error in found.items() if error > WIDER.get(op, {}).get(name, TOLERANCE)}
+    assert not wrong
+
+
+def test_the_chosen_names_exist():
+    for op, names in BENCHMARKS.items():
+        assert set(names) <= {case.name for case in SUITE[op].benchmarks}
