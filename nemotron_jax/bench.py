@@ -112,8 +112,9 @@ def run(what: str, work: Workload) -> dict[str, Any]:
       ConfigError: the mesh does not fit the devices, or the batch the mesh.
       UserError: the step does not fit into the memory of a device, or the compiler of the target is not installed.
     """
+    if work.precision == "auto":
+        work = dataclasses.replace(work, precision="bfloat16" if work.target else recipe("auto").activations)
     if work.target:
-        work = dataclasses.replace(work, precision="bfloat16" if work.precision == "auto" else work.precision)
         try:
             devices = aot.devices(work.target, work.target_devices)
         except RuntimeError as error:
