@@ -7,13 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemotron_jax.checkpoint.modelopt import fill_expert_scales
-from nemotron_jax.errors import DataError
-from nemotron_jax.evaluation.calibration import calibrate, without_padding
+import nemotron_jax
+from nemotron_jax.__main__ import run
+from nemotron_jax.checkpoint.hf_directory import HFDirectory
+from nemotron_jax.checkpoint.layer_map import default_layer_map
+from nemotron_jax.checkpoint.modelopt import fill_expert_scales, parse_quant_config, read_quant_config
+from nemotron_jax.data.tokenizer import train_bpe
+from nemotron_jax.errors import DataError, UserError
+from nemotron_jax.evaluation.calibration import calibrate, calibrate_on, without_padding
 from nemotron_jax.model.context import Context
 from nemotron_jax.model.mlp import relu2
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.precision.modelopt import activation_scale
 from nemotron_jax.precision.recipe import recipe
+from tests.checkpoint import hf_files
 from tests.tiny import TINY
 
 CONFIG = dataclasses.replace(TINY, pattern="ME*-")
@@ -103,3 +110,48 @@ def test_rows_without_padding():
     assert short.tolist() == [[9, 10, 11, 12, 13, 14]]
     with pytest.raises(DataError, match="empty"):
         list(without_padding([(tokens, 0 * segments)]))
+
+
+SUPER = dataclasses.replace(
+    CONFIG, vocab_size=300, moe=dataclasses.replace(CONFIG.moe, intermediate_size=32, shared_intermediate_size=48)
+)
+
+
+@pytest.mark.parametrize("format", ["fp8", "nvfp4"])
+def test_from_bfloat16_to_a_quantised_checkpoint(format, tmp_path):
+    """What a user does: convert --format --calibration, then load what came out."""
+    directory = hf_files.write(tmp_path / "bf16", SUPER)
+    text = tmp_path / "text.txt"
+    text.write_text("Text to read. " * 60)
+    train_bpe([text.read_text()], 300).save(directory)
+    target = tmp_path / "quantised"
+    assert run(["convert", str(directory), str(target), f"--format={format}", f"--calibration={text}"]) == 0
+    quant = read_quant_config(target)
+    assert quant == parse_quant_config(default_layer_map(SUPER, format).to_json()["quantization_config"])
+    source = HFDirectory(target)
+    found = calibrate_on(directory, str(text))
+    filled = fill_expert_scales(
+        {
+            m: found.inputs.get(m)
+            for m in (entry.module for entry in source.table.entries.values() if source.scheme(entry))
+        }
+    )
+    for entry in source.table.entries.values():
+        if source.scheme(entry) is not None:
+            stored = {suffix: tensor.rows() for suffix, tensor in source.module(entry).items()}
+            assert stored["input_scale"] == activation_scale(filled[entry.module], source.scheme(entry).algo)
+    scale = source.stored["backbone.layers.2.mixer.k_proj.k_scale"].rows()
+    assert scale == max(found.outputs["backbone.layers.2.mixer.k_proj"] / 448, 1)
+    _, model = nemotron_jax.load(target, precision="float32", packed=True)
+    _, full = nemotron_jax.load(directory, precision="float32")
+    tokens = RNG.integers(0, 300, (1, 20)).astype(np.int32)
+    assert 0 < largest(model(tokens).logits - full(tokens).logits) < 0.5 * largest(full(tokens).logits)
+
+
+def test_calibration_needs_a_format_that_stores_it(tmp_path):
+    directory = hf_files.write(tmp_path / "bf16", SUPER)
+    with pytest.raises(UserError, match="--calibration is for --format=fp8 and --format=nvfp4"):
+        run(["convert", str(directory), str(tmp_path / "out"), "--calibration=x.txt"])
+    with pytest.raises(UserError, match="--format=nvfp4 stores the range of each layer's inputs"):
+        run(["convert", str(directory), str(tmp_path / "out"), "--format=nvfp4"])
+    assert not (tmp_path / "out").exists()
