@@ -359,7 +359,7 @@ def test_the_command(tmp_path, hf, capsys):
         (["."], "needs SRC and DST"),
         (["nowhere", "b"], "there is no 'nowhere'"),
         ([".", "b", "--format=fp16"], "--format must be one of bf16, fp8, nvfp4, got 'fp16'"),
-        ([".", "b", "--dry-run=nano"], "takes no SRC, DST or --step"),
+        ([".", "b", "--dry-run=nano"], "takes no SRC, DST, --step or --calibration"),
         (["--dry-run=nanno"], "Did you mean 'nano'"),
         ([".", "b"], "holds no config.json"),
     ],
