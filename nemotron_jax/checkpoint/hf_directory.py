@@ -303,17 +303,16 @@ class HFDirectory:
         for name in surplus:
             parts = name.split(".")
             if len(parts) > 4 and parts[0] in patterns and parts[1] == "layers" and parts[2].isdigit():
-                if parts[3] == "mixer" and parts[4] in marks:
-                    found[_layer(name)] = marks[parts[4]]
-                elif int(parts[2]) >= len(patterns[parts[0]]):
-                    found.setdefault(_layer(name), "")
+                said = patterns[parts[0]][int(parts[2]) : int(parts[2]) + 1]
+                letter = marks.get(parts[4], "") if parts[3] == "mixer" else ""
+                if letter != said and (letter or not said):
+                    found[_layer(name)] = letter or found.get(_layer(name), "")
         for layer, letter in found.items():
             stack, _, number = layer.split(".")
-            pattern = patterns[stack]
-            outside = int(number) >= len(pattern)
-            said = f"there are {len(pattern)} layers" if outside else BLOCK_LETTERS[pattern[int(number)]]
+            said = patterns[stack][int(number) : int(number) + 1]
             what = BLOCK_LETTERS.get(letter, "another block")
-            self.report.add(f"{layer}: the tensors are those of {what}, {CONFIG_FILE} says {said}.", "kind")
+            instead = BLOCK_LETTERS[said] if said else f"there are {len(patterns[stack])} layers"
+            self.report.add(f"{layer}: the tensors are those of {what}, {CONFIG_FILE} says {instead}.", "kind")
         return set(found)
 
     def _scan(self) -> None:
