@@ -9,7 +9,7 @@ The state is the last K - 1 inputs in time order.
 "reference": shift, multiply, add; XLA fuses it into one pass, where a grouped convolution becomes padded copies.
 "mosaic": see causal_conv1d_mosaic.py.
 
-Shapes: B batch, T time, C channels, F channels of the array that holds them, K taps.
+Shapes: B batch, T time, C channels, K taps.
 """
 
 import functools
@@ -42,7 +42,6 @@ def causal_conv1d(
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     return_final_state: bool = False,
-    start: int | None = None,
     impl: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Convolve each channel of x over time; differentiable in all float inputs.
@@ -56,8 +55,6 @@ def causal_conv1d(
       segment_ids: [B, T] integers, compared for equality between neighbours only; None is one document a row.
       return_final_state: also return the last K - 1 inputs [B, K-1, C]; those before the start of the last
         document are zero.
-      start: if given, x is [B, T, F] and its channels start .. start + C - 1 are convolved: the same as of that slice,
-        but kernels read it in place.
       impl: implementation name, None to choose (`dispatch.OPS`).
 
     Returns:
@@ -68,15 +65,9 @@ def causal_conv1d(
       ValueError: shapes do not fit, unknown activation, or `impl` cannot run.
     """
     require_shape("causal_conv1d", "x", x, "[B, T, C]", (None,) * 3)
-    require_shape("causal_conv1d", "w", w, "[C, K]", (x.shape[2] if start is None else None, None))
-    batch, time, _ = x.shape
-    channels, taps = w.shape
-    start = start or 0
-    if not 0 <= start <= x.shape[2] - channels:
-        raise ValueError(
-            f"causal_conv1d: start must be 0 to {x.shape[2] - channels}, so that the {channels} channels of w lie in "
-            f"the {x.shape[2]} of x, got {start}"
-        )
+    require_shape("causal_conv1d", "w", w, "[C, K]", (x.shape[2], None))
+    batch, time, channels = x.shape
+    taps = w.shape[1]
     if bias is not None:
         require_shape("causal_conv1d", "bias", bias, "[C]", (channels,))
     if initial_state is not None:
@@ -87,12 +78,11 @@ def causal_conv1d(
         raise ValueError(f"causal_conv1d: activation must be 'silu' or None, got {activation!r}")
 
     run = None if segment_ids is None else run_ids(segment_ids)
-    chosen = choose("causal_conv1d", impl, unfit={"mosaic": causal_conv1d_mosaic.unfit(x, w, start)})
-    y_BTC = _IMPLEMENTATIONS[chosen](x, w, bias, initial_state, run, start=start, activation=activation)
+    chosen = choose("causal_conv1d", impl, unfit={"mosaic": causal_conv1d_mosaic.unfit(x, w)})
+    y_BTC = _IMPLEMENTATIONS[chosen](x, w, bias, initial_state, run, activation=activation)
     if not return_final_state:
         return y_BTC
-    x_BTC = x[..., start : start + channels]
-    state_BKC = final_state(x_BTC, initial_state, jnp.full((batch,), time, jnp.int32), taps)
+    state_BKC = final_state(x, initial_state, jnp.full((batch,), time, jnp.int32), taps)
     if run is not None:
         run_of_state = jnp.pad(run, ((0, 0), (taps - 1, 0)))[:, time:]  # the initial state is in run 0
         state_BKC = jnp.where((run_of_state == run[:, -1:])[..., None], state_BKC, 0)
@@ -100,19 +90,17 @@ def causal_conv1d(
 
 
 def causal_conv1d_reference(
-    x_BTF: jax.Array,
+    x_BTC: jax.Array,
     w: jax.Array,
     bias: jax.Array | None,
     state_BKC: jax.Array | None,
     run: jax.Array | None,
     *,
     activation: str | None,
-    start: int = 0,
 ) -> jax.Array:
     """Shift, multiply, add; run [B, T] from `run_ids`, or None for one document a row."""
-    batch, time, _ = x_BTF.shape
-    channels, taps = w.shape
-    x_BTC = x_BTF[..., start : start + channels]
+    batch, time, channels = x_BTC.shape
+    taps = w.shape[1]
     dtype = jnp.promote_types(jnp.result_type(x_BTC, w), jnp.float32)
     before_BKC = jnp.zeros((batch, taps - 1, channels), x_BTC.dtype) if state_BKC is None else state_BKC
     padded_BTC = jnp.concatenate([before_BKC.astype(dtype), x_BTC.astype(dtype)], axis=1)
@@ -126,27 +114,26 @@ def causal_conv1d_reference(
     return ACTIVATIONS[activation](pre_BTC).astype(x_BTC.dtype)
 
 
-def _mosaic(x_BTF, w, bias, state_BKC, run, *, activation, start):
-    if x_BTF.shape[1] < FEWEST_TOKENS:
-        return causal_conv1d_reference(x_BTF, w, bias, state_BKC, run, activation=activation, start=start)
-    return _kernels(start, activation == "silu", x_BTF, w, bias, state_BKC, run)
+def _mosaic(x_BTC, w, bias, state_BKC, run, *, activation):
+    if x_BTC.shape[1] < FEWEST_TOKENS:
+        return causal_conv1d_reference(x_BTC, w, bias, state_BKC, run, activation=activation)
+    return _kernels(activation == "silu", x_BTC, w, bias, state_BKC, run)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kernels(start, silu, x_BTF, w, bias, state_BKC, run):
-    return causal_conv1d_mosaic.forward(x_BTF, w, bias, state_BKC, run, start=start, silu=silu)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernels(silu, x_BTC, w, bias, state_BKC, run):
+    return causal_conv1d_mosaic.forward(x_BTC, w, bias, state_BKC, run, silu=silu)
 
 
-def _forward(start, silu, *operands):
-    return _kernels(start, silu, *operands), operands  # the pre-activation is computed again
+def _forward(silu, *operands):
+    return _kernels(silu, *operands), operands  # the pre-activation is computed again
 
 
-def _backward(start, silu, operands, dy_BTC):
-    x_BTF, w, bias, state_BKC, run = operands
-    dx_BTC, *rest = causal_conv1d_mosaic.backward(x_BTF, w, bias, state_BKC, run, dy_BTC, start=start, silu=silu)
+def _backward(silu, operands, dy_BTC):
+    x_BTC, w, bias, state_BKC, run = operands
+    dx_BTC, *rest = causal_conv1d_mosaic.backward(x_BTC, w, bias, state_BKC, run, dy_BTC, silu=silu)
     grads = (None if z is None else dz.astype(z.dtype) for z, dz in zip((w, bias, state_BKC), rest, strict=True))
-    after = x_BTF.shape[2] - start - w.shape[0]
-    return jnp.pad(dx_BTC, ((0, 0), (0, 0), (start, after))), *grads, None
+    return dx_BTC, *grads, None
 
 
 _kernels.defvjp(_forward, _backward)

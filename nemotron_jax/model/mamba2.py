@@ -12,7 +12,6 @@ W convolution channels (x, B and C).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,17 +28,6 @@ from pallas_kernels import causal_conv1d, ssd
 from pallas_kernels.causal_conv1d import final_state
 from pallas_kernels.packed import side_by_side
 from pallas_kernels.ssd import ssd_step
-
-
-class Columns(NamedTuple):
-    """Some columns of an array: what reads them in place needs no copy of them."""
-
-    array: Array
-    start: int
-    width: int
-
-    def taken(self) -> Array:
-        return self.array[..., self.start : self.start + self.width]
 
 
 class InProj(nnx.Module):
@@ -61,13 +49,13 @@ class InProj(nnx.Module):
         self.dt = leaf("dt", config.num_heads, "heads")
         self.precision = scope.precision
 
-    def __call__(self, h: Array, seed: Array | None) -> list[Columns]:
+    def __call__(self, h: Array, seed: Array | None) -> list[Array]:
         leaves = [self.z[...], self.x[...], self.B[...], self.C[...], self.dt[...]]
         if axis_size("tensor") > 1:
-            return [Columns(matmul(h, leaf, self.precision, seed), 0, leaf.shape[1]) for leaf in leaves]
+            return [matmul(h, leaf, self.precision, seed) for leaf in leaves]
         fused = matmul(h, side_by_side(leaves), self.precision, seed)
-        starts = [sum(leaf.shape[1] for leaf in leaves[:i]) for i in range(len(leaves))]
-        return [Columns(fused, start, leaf.shape[1]) for start, leaf in zip(starts, leaves, strict=True)]
+        borders = [sum(leaf.shape[1] for leaf in leaves[: i + 1]) for i in range(len(leaves) - 1)]
+        return jnp.split(fused, borders, axis=-1)
 
 
 class Conv1d(nnx.Module):
@@ -86,22 +74,17 @@ class Conv1d(nnx.Module):
             self.weight[kind] = scope.param(f"weight/{kind}", (channels, config.conv_kernel), (axis, "norm"), init)
             self.bias[kind] = scope.param(f"bias/{kind}", (channels,), (axis,), init)
 
-    def __call__(self, inputs: list[Columns], state_BKW: Array | None, segment_ids: Array | None) -> list[Array]:
+    def __call__(self, inputs: list[Array], state_BKW: Array | None, segment_ids: Array | None) -> list[Array]:
         """silu(conv) of x, B and C, [B, T, channels] each; the state holds the three side by side.
 
         Three calls, since what uses the results wants them apart: for one call, their gradients would have to be put
         together first, a copy of all of them.
         """
-        borders = [sum(z.width for z in inputs[: i + 1]) for i in range(len(inputs) - 1)]
+        borders = [sum(z.shape[2] for z in inputs[: i + 1]) for i in range(len(inputs) - 1)]
         states = [None] * len(inputs) if state_BKW is None else jnp.split(state_BKW, borders, axis=-1)
         return [
             causal_conv1d(  # type: ignore[misc]
-                z.array,
-                self.weight[kind][...],
-                self.bias[kind][...],
-                initial_state=state,
-                segment_ids=segment_ids,
-                start=z.start,
+                z, self.weight[kind][...], self.bias[kind][...], initial_state=state, segment_ids=segment_ids
             )
             for kind, z, state in zip("xBC", inputs, states, strict=True)
         ]
@@ -166,7 +149,7 @@ class Mamba2(nnx.Module):
         x_BTHP = x.reshape(batch, time, config.num_heads, config.head_dim)
         B_BTGN = B.reshape(batch, time, config.num_groups, config.state_size)
         C_BTGN = C.reshape(batch, time, config.num_groups, config.state_size)
-        dt_BTH = jax.nn.softplus(dt.taken().astype(jnp.float32) + self.dt_bias[...])
+        dt_BTH = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
         real = ctx.real_tokens(time)
         if real is not None:
             dt_BTH = jnp.where(real[..., None], dt_BTH, 0)
@@ -175,7 +158,7 @@ class Mamba2(nnx.Module):
         y_BTHP, ssm_BHPN = self._scan(x_BTHP, dt_BTH, A, B_BTGN, C_BTGN, rows, ctx)
         new_state = None
         if state is not None and rows is not None:
-            conv_BTW = jnp.concatenate([part.taken() for part in conv_inputs], axis=-1)
+            conv_BTW = jnp.concatenate(conv_inputs, axis=-1)
             if ctx.draft and ctx.slots is not None:
                 raise ValueError("drafting with Context.slots is not supported: take the rows of the state first.")
             if ctx.draft:
@@ -185,7 +168,7 @@ class Mamba2(nnx.Module):
                 taken = jnp.full((batch,), time) if ctx.new_tokens is None else ctx.new_tokens
                 conv_BKW = final_state(conv_BTW, rows.conv_BKW, taken, config.conv_kernel)
                 new_state = put_rows(state, ctx.slots, MambaState(conv_BKW, ssm_BHPN))
-        y = self.norm(y_BTHP.reshape(batch, time, config.inner_size), z.taken())
+        y = self.norm(y_BTHP.reshape(batch, time, config.inner_size), z)
         return self.out_proj(y, ctx.seed), new_state, {}
 
     def _scan(

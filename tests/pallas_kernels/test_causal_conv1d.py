@@ -88,18 +88,6 @@ def test_final_state_at_the_true_length_of_each_prompt(with_state):
     np.testing.assert_array_equal(state[..., 0], want)
 
 
-def test_channels_of_a_wider_array():
-    case = next(case for case in CASES if case.name == "packed_state")
-    (x, w, bias), kwargs = example_inputs(case, 1)
-    wide = jnp.pad(x, ((0, 0), (0, 0), (3, 2)), constant_values=jnp.nan)
-    want = causal_conv1d(x, w, bias, **kwargs, return_final_state=True)
-    got = causal_conv1d(wide, w, bias, **kwargs, return_final_state=True, start=3)
-    for z, expected in zip(got, want, strict=True):
-        np.testing.assert_array_equal(z, expected)
-    with pytest.raises(ValueError, match="start must be 0 to 5, so that the 6 channels of w lie in the 11 of x, got 6"):
-        causal_conv1d(wide, w, bias, start=6)
-
-
 def test_types():
     case = next(case for case in CASES if case.name == "packed_state")
     (x, w, bias), kwargs = example_inputs(case, 2)

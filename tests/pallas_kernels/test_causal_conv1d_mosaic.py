@@ -40,17 +40,16 @@ def operands(batch, time, channels, taps, *, bias, state, packed):
 )
 def test_values_and_gradients(shape, taps, silu, given, interpret):
     x, w, bias, state, run, dy = operands(*shape, taps, **given)
-    wide = jnp.pad(x, ((0, 0), (0, 0), (2, 4)), constant_values=jnp.nan)  # the kernels read their channels in place
 
     def reference(x, w, bias, state):
         return causal_conv1d_reference(x, w, bias, state, run, activation="silu" if silu else None)
 
     y, pull = jax.vjp(reference, x.astype(jnp.float32), w, bias, state)
     want = pull(dy.astype(jnp.float32))
-    settings = {"start": 2, "silu": silu, "chunk": 16, "interpret": interpret}
-    got = forward(wide, w, bias, state, run, **settings)
+    settings = {"silu": silu, "chunk": 16, "interpret": interpret}
+    got = forward(x, w, bias, state, run, **settings)
     np.testing.assert_allclose(got.astype(jnp.float32), y, rtol=2**-8, atol=1e-5)  # rounded once
-    dx, *rest = backward(wide, w, bias, state, run, dy, **settings)
+    dx, *rest = backward(x, w, bias, state, run, dy, **settings)
     np.testing.assert_allclose(dx.astype(jnp.float32), want[0], rtol=2**-8, atol=1e-5)
     for dz, want_dz in zip(rest, want[1:], strict=True):
         if want_dz is not None:
@@ -59,20 +58,18 @@ def test_values_and_gradients(shape, taps, silu, given, interpret):
 
 def test_operands_that_do_not_fit():
     x, w = jnp.ones((1, 8, 256), jnp.bfloat16), jnp.ones((256, 4))
-    assert unfit(x, w, 0) == ""
-    assert "bfloat16, got float32" in unfit(x.astype(jnp.float32), w, 0)
-    assert "a multiple of 256, got 255" in unfit(x, w[1:], 0)
-    assert "must be even, got 1 and 258" in unfit(jnp.ones((1, 8, 258), jnp.bfloat16), w, 1)
-    assert "must be even, got 0 and 257" in unfit(jnp.ones((1, 8, 257), jnp.bfloat16), w, 0)
-    assert "2 to 8 taps, got 1" in unfit(x, w[:, :1], 0)
-    assert "2 to 8 taps, got 9" in unfit(x, jnp.ones((256, 9)), 0)
+    assert unfit(x, w) == ""
+    assert "bfloat16, got float32" in unfit(x.astype(jnp.float32), w)
+    assert "a multiple of 256, got 255" in unfit(x, w[1:])
+    assert "2 to 8 taps, got 1" in unfit(x, w[:, :1])
+    assert "2 to 8 taps, got 9" in unfit(x, jnp.ones((256, 9)))
 
 
 @pytest.mark.parametrize("given", [{"bias": True, "state": True}, {"bias": False, "state": False}])
 def test_what_surrounds_the_kernels(given, monkeypatch):
-    """Which gradient belongs to which input, in its dtype, and none for what is absent or not convolved."""
+    """Which gradient belongs to which input, in its dtype, and none for what is absent."""
     x, w, bias, state, run, dy = operands(1, 16, 256, 4, packed=True, **given)
-    x, w = jnp.pad(x, ((0, 0), (0, 0), (6, 2)), constant_values=1), w.astype(jnp.bfloat16)
+    w = w.astype(jnp.bfloat16)
 
     for name in ("forward", "backward"):
         kernel = partial(getattr(causal_conv1d_mosaic, name), interpret=plgpu.InterpretGPUParams())
@@ -81,7 +78,7 @@ def test_what_surrounds_the_kernels(given, monkeypatch):
     def grads(x, impl):
         def call(x, w, bias, state):
             with compiling_for("sm_90a"):
-                return causal_conv1d(x, w, bias, initial_state=state, segment_ids=run, start=6, impl=impl)
+                return causal_conv1d(x, w, bias, initial_state=state, segment_ids=run, impl=impl)
 
         y, pull = jax.vjp(call, x, w, bias, state)
         return y, *pull(dy.astype(y.dtype))
@@ -91,7 +88,3 @@ def test_what_surrounds_the_kernels(given, monkeypatch):
         if got is not None and want is not None:
             assert got.dtype == (jnp.float32 if want.shape in ((256,), (1, 3, 256)) else jnp.bfloat16)
             np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-7, atol=2e-2)
-
-
-def test_small_calls_are_cut_finer():
-    assert [causal_conv1d_mosaic._choose_chunk(2, 8192, channels) for channels in (6144, 4096, 1024)] == [256, 128, 64]

@@ -14,7 +14,7 @@ SIGNATURES = {
     "ssd": "(x, dt, A, B, C, *, D=None, chunk_size=128, initial_state=None, segment_ids=None, "
     "return_final_state=False, impl=None)",
     "causal_conv1d": "(x, w, bias=None, *, activation='silu', initial_state=None, segment_ids=None, "
-    "return_final_state=False, start=None, impl=None)",
+    "return_final_state=False, impl=None)",
     "grouped_matmul": "(lhs, rhs, group_sizes, *, activation=None, impl=None)",
     "attention": "(q, k, v, *, causal=True, scale=None, segment_ids=None, kv_segment_ids=None, impl=None)",
     "decode_attention": "(q, k_cache, v_cache, lengths, *, page_table=None, scale=None, impl=None)",
