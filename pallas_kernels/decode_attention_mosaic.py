@@ -48,7 +48,9 @@ def unfit(q_BTHD: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *, paged: b
         return f"head_dim must be {HEAD_DIM}, got {head_dim}"
     if time * heads // kv_heads > TILES * ROWS:  # any prompt: a reason without its length is said once
         return f"at most {TILES * ROWS} new tokens times query heads of a key/value head"
-    if paged and page_size % BLOCK and (BLOCK % page_size or page_size % 8):
+    if page_size % 8:  # TMA copies whole rows of 8
+        return f"page_size must be a multiple of 8, got {page_size}"
+    if paged and page_size % BLOCK and BLOCK % page_size:
         return f"page_size must be 8, 16, 32 or a multiple of {BLOCK}, got {page_size}"
     return ""
 
