@@ -87,7 +87,7 @@ def load(
     path = Path(path).expanduser()
     source = HFDirectory(path) if is_hf(path) else None
     config = source.config if source else run_config(path).model
-    graphdef, params, buffers = split_model(abstract(config, recipe(precision)))
+    graphdef, params, buffers = split_model(abstract(config, recipe(precision, config)))
     template = {"params": params, "buffers": {"model": buffers, "seed": jax.ShapeDtypeStruct((), jnp.uint32)}}
     if mesh is None:
         placed = _on(template, SingleDeviceSharding(jax.devices()[0]))
