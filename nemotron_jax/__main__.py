@@ -140,9 +140,10 @@ def convert(argv: Sequence[str]) -> int:
         if flags.source or flags.step is not None or flags.calibration:
             raise UserError("convert --dry-run=PRESET_OR_DIR takes no SRC, DST, --step or --calibration.")
         config = model_config(flags.dry_run)
-        from nemotron_jax.checkpoint.hf import plan
+        from nemotron_jax.checkpoint.convert import dry_run
 
-        for tensor in plan(config, flags.format):
+        directory = None if flags.dry_run in PRESETS else Path(flags.dry_run).expanduser()
+        for tensor in dry_run(config, directory, flags.format):
             print(tensor.name, tensor.dtype, json.dumps(tensor.shape, separators=(",", ":")))
         return 0
     if not flags.source or not flags.target:
@@ -196,6 +197,7 @@ def bench(argv: Sequence[str]) -> int:
     model = model_config(flags.preset)
     if flags.pattern is not None:
         model = dataclasses.replace(model, pattern=flags.pattern)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # nothing else runs on these devices
     from nemotron_jax.bench import Workload, run
 
     settings = {name: getattr(flags, name) for name in ("batch", "seq", "precision", "remat", "optimizer", "documents")}

@@ -18,7 +18,7 @@ from nemotron_jax.config import ModelConfig
 from nemotron_jax.errors import CheckpointError
 from nemotron_jax.model.nemotron import Nemotron, abstract, split_model
 from nemotron_jax.parallel.mesh import shardings
-from nemotron_jax.precision.recipe import recipe
+from nemotron_jax.precision.recipe import Recipe, recipe
 from nemotron_jax.run_config import RunConfig, from_dict
 from pallas_kernels.packed import Packed
 
@@ -71,7 +71,8 @@ def load(
 ) -> tuple[ModelConfig, Nemotron]:
     """Configuration and model of a training workdir or a Hugging Face directory.
 
-    Each device reads its own part of each weight. Weights are float32, quantised ones dequantised.
+    Each device reads its own part of each weight. Weights are float32, quantised ones dequantised; the matrices of a
+    Hugging Face directory have the dtype in which the recipe multiplies them, which halves their memory under bfloat16.
 
     Args:
       path: the ``--workdir`` of a run, or a directory with config.json and safetensors files.
@@ -87,7 +88,8 @@ def load(
     path = Path(path).expanduser()
     source = HFDirectory(path) if is_hf(path) else None
     config = source.config if source else run_config(path).model
-    graphdef, params, buffers = split_model(abstract(config, recipe(precision, config)))
+    chosen = recipe(precision, config)
+    graphdef, params, buffers = split_model(abstract(config, chosen))
     template = {"params": params, "buffers": {"model": buffers, "seed": jax.ShapeDtypeStruct((), jnp.uint32)}}
     if mesh is None:
         placed = _on(template, SingleDeviceSharding(jax.devices()[0]))
@@ -97,8 +99,28 @@ def load(
             template,
             shardings(template, mesh),
         )
+    if source:
+        placed["params"] = _as_multiplied(placed["params"], chosen)
     items = read_weights(source or path, placed, step=step, packed=packed)
     return config, nnx.merge(graphdef, items["params"], items["buffers"]["model"])
+
+
+def _as_multiplied(template: Any, recipe: Recipe) -> Any:
+    """Matrices in the dtype of their matmul. The router is float32, and so is all that is no matrix."""
+
+    def dtype(name: str) -> str:
+        *parents, last = name.split("/")
+        if name in ("embeddings/weight", "lm_head/weight"):
+            return recipe.activations
+        if parents[-1] in ("in_proj", "experts") or (last == "weight" and parents[-1].endswith("_proj")):
+            return recipe.resolve("/".join(parents)).operands
+        return "float32"
+
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, dtype(name), sharding=leaf.sharding)
+        for name, leaf in named_leaves(template).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
 def read_weights(

@@ -119,10 +119,30 @@ def _values(hidden_BTD: Array, weight: Array, targets_BT: Array, max_logits: int
     def chunk(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
         hidden_BCD, targets_BC = inputs
         logits_BCV = head_logits(hidden_BCD, weight)
-        return None, _chosen(logits_BCV, targets_BC) - jax.nn.logsumexp(logits_BCV, axis=-1)
+        return None, _chosen(logits_BCV, targets_BC) - _logsumexp(logits_BCV)
 
     inputs = (_chunks(hidden_BTD, length), _chunks(targets_BT, length))
     return _join(lax.scan(chunk, None, inputs)[1], time)
+
+
+def _logsumexp(logits_BCV: Array) -> Array:
+    """log sum exp over the vocabulary. XLA:CPU computes it faster in two passes, XLA:GPU in one (0.62 for 1.01 ms)."""
+    return lax.platform_dependent(
+        logits_BCV, cuda=_one_pass_logsumexp, default=functools.partial(jax.nn.logsumexp, axis=-1)
+    )
+
+
+def _one_pass_logsumexp(logits_BCV: Array) -> Array:
+    """A reduction of pairs (largest so far, sum of exponentials relative to it)."""
+
+    def merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        largest = jnp.maximum(a[0], b[0])
+        return largest, a[1] * jnp.exp(a[0] - largest) + b[1] * jnp.exp(b[0] - largest)
+
+    # Finite, since the difference of two infinities is no number.
+    nothing = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0)
+    largest, total = lax.reduce((logits_BCV, jnp.ones_like(logits_BCV)), nothing, merge, (2,))
+    return largest + jnp.log(total)
 
 
 def _chosen(logits_BCV: Array, targets_BC: Array) -> Array:
@@ -143,7 +163,7 @@ def _values_and_gradients(
     def chunk(d_weight: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         hidden_BCD, targets_BC, d_BC = inputs
         logits_BCV = head_logits(hidden_BCD, cast_weight)
-        lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        lse_BC = _logsumexp(logits_BCV)
         is_target_BCV = targets_BC[..., None] == jnp.arange(vocab)
         d_logits_BCV = d_BC[..., None] * (is_target_BCV - jnp.exp(logits_BCV - lse_BC[..., None]))
         d_logits_BCV = d_logits_BCV.astype(operands)

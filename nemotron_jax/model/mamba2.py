@@ -76,19 +76,18 @@ class Conv1d(nnx.Module):
             self.bias[kind] = scope.param(f"bias/{kind}", (channels,), (axis,), init)
 
     def __call__(self, inputs: list[Array], state_BKW: Array | None, segment_ids: Array | None) -> list[Array]:
-        """silu(conv) of x, B and C [B, T, channels of each]; the state holds the three side by side.
+        """silu(conv) of x, B and C, [B, T, channels] each; the state holds the three side by side.
 
-        Three calls, since what uses the results wants them apart: their gradients would have to be put together first
-        (a copy of all of them) for one call.
+        Three calls, since what uses the results wants them apart: for one call, their gradients would have to be put
+        together first, a copy of all of them.
         """
-        kinds = "xBC"
-        borders = [sum(z.shape[2] for z in inputs[: i + 1]) for i in range(len(kinds) - 1)]
-        states = [None] * len(kinds) if state_BKW is None else jnp.split(state_BKW, borders, axis=-1)
+        borders = [sum(z.shape[2] for z in inputs[: i + 1]) for i in range(len(inputs) - 1)]
+        states = [None] * len(inputs) if state_BKW is None else jnp.split(state_BKW, borders, axis=-1)
         return [
             causal_conv1d(  # type: ignore[misc]
                 z, self.weight[kind][...], self.bias[kind][...], initial_state=state, segment_ids=segment_ids
             )
-            for kind, z, state in zip(kinds, inputs, states, strict=True)
+            for kind, z, state in zip("xBC", inputs, states, strict=True)
         ]
 
 
@@ -145,8 +144,7 @@ class Mamba2(nnx.Module):
         """h [B, T, D] -> (y [B, T, D], new state, {})."""
         config = self.config
         batch, time = h_BTD.shape[:2]
-        z, x, B, C, dt = self.in_proj(h_BTD, ctx.seed)
-        conv_inputs = [x, B, C]
+        z, *conv_inputs, dt = self.in_proj(h_BTD, ctx.seed)
         rows = None if state is None else take_rows(state, ctx.slots)
         x, B, C = self.conv1d(conv_inputs, None if rows is None else rows.conv_BKW, ctx.segment_ids)
         x_BTHP = x.reshape(batch, time, config.num_heads, config.head_dim)
