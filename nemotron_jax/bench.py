@@ -273,10 +273,10 @@ class _Weights:
     mesh: Mesh
 
     def graphdef(self) -> nnx.GraphDef:
-        return split_model(abstract(self.model, recipe(self.work.precision)))[0]
+        return split_model(abstract(self.model, recipe(self.work.precision, self.model)))[0]
 
     def _init(self) -> tuple[nnx.State, nnx.State]:
-        rules = recipe(self.work.precision)
+        rules = recipe(self.work.precision, self.model)
         _, params, buffers = split_model(Nemotron(self.model, rules, jax.random.key(0)))
         flat = [
             (path, leaf.replace(leaf.get_value().astype(rules.activations)) if _is_matrix(path, leaf) else leaf)

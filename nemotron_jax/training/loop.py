@@ -28,7 +28,7 @@ from nemotron_jax.data.pipeline import TrainData, build, load_tokenizer
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.errors import ConfigError, DataError
 from nemotron_jax.model.counts import count_parameters, flops_per_token
-from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.nemotron import Nemotron, matmul_paths
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.run_config import RunConfig, differing_keys, to_dict
 from nemotron_jax.training import workdir as workdirs
@@ -379,8 +379,7 @@ def _token_bytes(tokenizer: Tokenizer | None, vocab_size: int) -> Array:
 def _precision_table(setup: TrainSetup) -> dict[str, str]:
     recipe = setup.recipe
     table = {"residual stream": recipe.activations, "weights, optimizer, router, SSM state": "float32"}
-    table |= {f"matmuls {pattern}": precision.operands for pattern, precision in recipe.rules}
-    return table
+    return table | recipe.describe(matmul_paths(setup.config.model))
 
 
 def _shown(path: Path) -> str:
