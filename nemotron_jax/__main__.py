@@ -221,6 +221,8 @@ def bench(argv: Sequence[str]) -> int:
         action="store_true",
         help="train: the whole step of train.py, AdamW on float32 weights, not loss and gradients in bfloat16 alone",
     )
+    parser.add_argument("--cache", default="", metavar="DIR", help="keep compiled programs there, for the next run")
+    parser.add_argument("--compile-only", action="store_true", help="run nothing and take no memory")
     parser.add_argument(
         "--compile-for", type=target, default=("", 1), metavar="GPU[:N]", help="only compile, for h200 or b200"
     )
@@ -232,11 +234,10 @@ def bench(argv: Sequence[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # nothing else runs on these devices
     from nemotron_jax.bench import Workload, run
 
-    settings = {name: getattr(flags, name) for name in ("batch", "seq", "precision", "remat", "optimizer", "documents")}
+    names = "batch seq precision remat optimizer documents steps cache compile_only".split()
+    settings = {name: getattr(flags, name) for name in names}
     name, count = flags.compile_for
-    work = Workload(
-        model, **settings, steps=flags.steps, parallel=ParallelConfig(**flags.mesh), target=name, target_devices=count
-    )
+    work = Workload(model, **settings, parallel=ParallelConfig(**flags.mesh), target=name, target_devices=count)
     print(json.dumps(run(flags.what, work)))
     return 0
 
