@@ -79,12 +79,12 @@ class Experts(nnx.Module):
             ("experts", "expert_mlp", axis),
             normal(config.output_init_std),
         )
-        self.precision = scope.precision
+        self.precision = scope.precision(width, moe.intermediate_size)
 
-    def __call__(self, rows: Array, group_sizes: Array) -> Array:
+    def __call__(self, rows: Array, group_sizes: Array, seed: Array | None) -> Array:
         """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
-        hidden = expert_matmul(rows, self.up_proj[...], group_sizes, self.precision, activation="relu2")
-        return expert_matmul(hidden, self.down_proj[...], group_sizes, self.precision).astype(rows.dtype)
+        hidden = expert_matmul(rows, self.up_proj[...], group_sizes, self.precision, seed, activation="relu2")
+        return expert_matmul(hidden, self.down_proj[...], group_sizes, self.precision, seed).astype(rows.dtype)
 
 
 class MoE(nnx.Module):
@@ -121,7 +121,7 @@ class MoE(nnx.Module):
         rows, group_sizes, row_map = permute(
             u_BTL.reshape(flat, -1), experts_BTK.reshape(flat, -1), self.config.num_experts
         )
-        rows = self.experts(rows, group_sizes)
+        rows = self.experts(rows, group_sizes, ctx.seed)
         y_BTL = unpermute(rows, row_map, weights_BTK.reshape(flat, -1)).reshape(batch, time, -1)
         y_BTD = self.fc2_latent_proj(y_BTL, ctx.seed) if self.config.latent_size else y_BTL
         y_BTD = y_BTD + self.shared_experts(h_BTD, ctx.seed)
