@@ -256,7 +256,8 @@ def run(argv: Sequence[str]) -> int:
     if name in COMMANDS:
         try:
             code = COMMANDS[name](rest)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by the caller: >&-
+                sys.stdout.flush()
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:

@@ -214,6 +214,8 @@ def _plan(source: Source, format: str | None) -> _Plan:
         else:
             ours = []
         rest = [tensor.name for tensor in wanted[len(ours) :]]
+        if kept is not None and plan.quant is not None and plan.quant.kv_scales(entry.module):
+            rest = list(dict.fromkeys([*rest, kv_scale_name(entry.module)]))  # also of MTP, where a file has them
         if rest and kept is None:  # scales of the key/value cache
             plan.measured.append(entry.module)
             plan.tensors.extend(wanted)
@@ -327,9 +329,11 @@ def _write_configs(source: Source, folder: Path, plan: _Plan) -> None:
 
 def check_target(target: Path) -> None:
     """Raises CheckpointError unless the target can be made."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.islink(target):  # a folder cannot take its place
+        raise CheckpointError(f"{target} is a symbolic link: name a directory that does not exist yet.")
+    if os.path.exists(target) and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty: name a directory that does not exist yet.")
-    if not os.access(target.absolute().parent, os.W_OK):
+    if not target.absolute().parent.is_dir() or not os.access(target.absolute().parent, os.W_OK):
         raise CheckpointError(f"{target} cannot be made: {target.absolute().parent} does not exist or is read-only.")
 
 
@@ -371,6 +375,6 @@ def _check_room(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise CheckpointError(
-            f"{folder.parent} has {free / 1e9:,.1f} GB free, {nbytes / 1e9:,.1f} GB are needed: make room, or choose "
+            f"{folder.parent} has {free / 1e9:,.3f} GB free, {nbytes / 1e9:,.3f} GB are needed: make room, or choose "
             "another disk."
         )

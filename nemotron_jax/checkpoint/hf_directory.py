@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -199,7 +200,7 @@ class HFDirectory:
         whole = bool(names)
         seen: dict[str, str] = {}
         for name in names:
-            if not (self.path / name).is_file():
+            if not os.path.isfile(self.path / name):  # False too for what cannot be the name of a file
                 held = sum(file == name for file in weight_map.values())
                 self.report.add(f"{name} is missing" + (f": {held:,} tensors." if held else "."))
                 whole = False
@@ -229,11 +230,13 @@ class HFDirectory:
         index = self.path / INDEX_FILE
         if index.exists():
             try:
-                weight_map = json.loads(index.read_bytes())["weight_map"]
-                return sorted(set(weight_map.values())), dict(weight_map)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+                names = sorted({os.fspath(name) for name in weight_map.values()})
+            except (OSError, ValueError, KeyError, TypeError):
+                names, weight_map = [], {}
+            if not names:
                 self.report.add(f"{INDEX_FILE} is damaged: an object with a weight_map was expected.")
-                return [], {}
+            return names, weight_map
         if (self.path / SINGLE_FILE).exists():
             return [SINGLE_FILE], {}
         names = sorted(file.name for file in self.path.glob("model-*-of-*.safetensors"))
@@ -273,8 +276,10 @@ class HFDirectory:
     def _compare(self, whole: bool) -> None:
         """Compares what the files hold with what config.json says."""
         expected = {name: (dtypes, shape) for name, dtypes, shape in self._expected()}
-        for name in expected.keys() & self.stored.keys():
-            (dtypes, shape), found = expected[name], self.stored[name]
+        for name, (dtypes, shape) in expected.items():
+            found = self.stored.get(name)
+            if found is None:
+                continue
             scalar = shape in ((), (1,)) and found.shape in ((), (1,))
             if found.shape != shape and not scalar:
                 self.report.add(f"{name} has shape {list(found.shape)}, expected {list(shape)}.", "shape")
@@ -302,7 +307,7 @@ class HFDirectory:
         found: dict[str, str] = {}
         for name in surplus:
             parts = name.split(".")
-            if len(parts) > 4 and parts[0] in patterns and parts[1] == "layers" and parts[2].isdigit():
+            if len(parts) > 4 and parts[0] in patterns and parts[1] == "layers" and parts[2].isdecimal():
                 said = patterns[parts[0]][int(parts[2]) : int(parts[2]) + 1]
                 letter = marks.get(parts[4], "") if parts[3] == "mixer" else ""
                 if letter != said and (letter or not said):
@@ -341,4 +346,4 @@ def _layer(name: str) -> str:
 
 
 def _natural(name: str) -> list[Any]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]

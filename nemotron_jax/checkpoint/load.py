@@ -39,7 +39,12 @@ def is_hf(path: Path) -> bool:
     file = path / CONFIG_FILE
     if not file.exists():
         raise CheckpointError(f"{path} holds no {CONFIG_FILE}: {EXPECTED}.")
-    return "model_type" in read_json(file, "the config of a model")
+    values = read_json(file, "the config of a model")
+    if "model_type" not in values and "model" not in values:
+        raise CheckpointError(
+            f"{file} has neither model_type (Hugging Face) nor model (train.py), so it describes no model: {EXPECTED}."
+        )
+    return "model_type" in values
 
 
 def model_config(path: Path) -> ModelConfig:

@@ -285,7 +285,8 @@ def read_quant_config(directory: Path) -> QuantConfig | None:
     if (directory / HF_QUANT_CONFIG).exists():
         other = read_json(directory / HF_QUANT_CONFIG, "ModelOpt's quantisation config")
     if entry and other:
-        theirs = other.get("quantization", {})
+        _check_kinds(entry, "quantization_config")
+        theirs = _quantization(other)
         algos = entry.get("quant_algo", theirs.get("quant_algo")), theirs.get("quant_algo")
         if algos[0] != algos[1]:
             raise CheckpointError(
@@ -307,9 +308,12 @@ def parse_quant_config(values: Mapping[str, Any] | None) -> QuantConfig | None:
     """
     if not values:
         return None
-    given = values.get("quantization", values)
+    given = _quantization(values)
     groups = _groups(given)
-    compressed = given.get("quant_method") == "compressed-tensors"
+    method = given.get("quant_method")
+    if method not in (None, "modelopt", "compressed-tensors"):
+        raise CheckpointError(f"quant_method is {method!r}: this version reads modelopt and compressed-tensors.")
+    compressed = method == "compressed-tensors"
     algo = given.get("quant_algo")
     if compressed:
         algo = _algo_of_compressed(given, groups)
@@ -340,9 +344,36 @@ def parse_quant_config(values: Mapping[str, Any] | None) -> QuantConfig | None:
     )
 
 
+def _quantization(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is said of the quantisation, in either file. Raises CheckpointError for parts of the wrong kind."""
+    _check_kinds(values, "the quantisation config")
+    given = values.get("quantization", values)
+    _check_kinds(given, "quantization")
+    for key in ("exclude_modules", "ignore"):
+        globs = given.get(key) or []
+        if not isinstance(globs, list) or not all(isinstance(glob, str) for glob in globs):
+            raise CheckpointError(f"{key} of the quantisation config should be a list of names, got {globs!r}.")
+        for glob in globs:
+            try:
+                _matcher((glob,))
+            except re.error as error:
+                raise CheckpointError(f"{key} of the quantisation config has {glob!r}: {error}.") from error
+    return given
+
+
+def _check_kinds(values: Any, what: str) -> None:
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{what} should be an object, got {values!r}.")
+    for key in ("producer", "quantized_layers"):
+        if not isinstance(values.get(key) or {}, Mapping):
+            raise CheckpointError(f"{key} of the quantisation config should be an object, got {values[key]!r}.")
+
+
 def _groups(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups = given.get("config_groups") or {}
-    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+    if not isinstance(groups, Mapping) or not all(
+        isinstance(group, Mapping) and isinstance(group.get("weights") or {}, Mapping) for group in groups.values()
+    ):
         raise CheckpointError("config_groups of the quantisation config should be {name: {weights: …}}.")
     return list(groups.values())
 

@@ -47,6 +47,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+MAX_AXES = 32  # of a tensor; numpy could not do with more than twice as many
 MAX_SHARD = 5_000_000_000  # bytes of tensors in a file; transformers' default
 
 
@@ -151,11 +152,13 @@ def _tensor(name: str, value: Any, data: int) -> Tensor:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError("must have dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"has the unknown dtype {dtype!r}")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError(f"has shape {shape!r} and data_offsets {offsets!r}: lists of whole numbers were expected")
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"has {len(shape)} axes, at most {MAX_AXES} can be read")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"has data_offsets {offsets!r}: [begin, end] were expected")
     tensor = Tensor(name, dtype, tuple(shape), data + offsets[0], data + offsets[1])

@@ -217,6 +217,19 @@ def test_quantised_tensors_pass_through(tmp_path, name):
         assert listed == {name: (dtype, shape) for name, (dtype, shape, _) in hf_files.read(hf).items()}
 
 
+def test_scales_of_an_mtp_cache_pass_through(tmp_path):
+    hf = hf_files.write(tmp_path / "hf", EVEN, quant=QUANTS["fp8"], max_shard=1 << 30)
+    arrays = {
+        name: np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+        for name, (dtype, shape, data) in hf_files.read(hf).items()
+    }
+    arrays["mtp.layers.0.mixer.k_proj.k_scale"] = np.full(1, 2.5, np.float32)
+    save(hf, arrays, json.loads((hf / "config.json").read_text()))
+    convert(hf, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back")
+    assert hf_files.read(tmp_path / "back") == hf_files.read(hf)
+
+
 @pytest.mark.parametrize("name", QUANTS)
 def test_dequantising(tmp_path, name):
     hf = hf_files.write(tmp_path / "hf", EVEN, quant=QUANTS[name])
@@ -293,6 +306,15 @@ def test_a_target_that_is_not_empty(tmp_path, hf):
     with pytest.raises(CheckpointError, match="does not exist or is read-only"):
         convert(hf, tmp_path / "no" / "where")
     assert tree(tmp_path) == before
+    for link in ("full", "nothing"):  # found out before the work, not when a folder should take its place
+        (tmp_path / "link").symlink_to(tmp_path / link)
+        with pytest.raises(CheckpointError, match="is a symbolic link"):
+            convert(hf, tmp_path / "link")
+        (tmp_path / "link").unlink()
+    with pytest.raises(CheckpointError, match=r"x.* failed|does not exist"):
+        convert(hf, tmp_path / ("x" * 300))
+    with pytest.raises(CheckpointError, match="does not exist or is read-only"):
+        convert(hf, tmp_path / "full" / "a" / "b")
     (tmp_path / "empty").mkdir()
     convert(hf, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").exists()

@@ -195,8 +195,22 @@ def test_an_index_that_says_something_else(tmp_path):
     (directory / INDEX_FILE).write_text(json.dumps(index))
     lines = faults(directory)
     assert any(f"{name} is in " in line for line in lines)
-    (directory / INDEX_FILE).write_text("{}")
-    assert f"{INDEX_FILE} is damaged: an object with a weight_map was expected." in faults(directory)
+    for text in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": null}}'):
+        (directory / INDEX_FILE).write_text(text)
+        assert f"{INDEX_FILE} is damaged: an object with a weight_map was expected." in faults(directory)
+    (directory / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "x" * 300}}))
+    assert f"{'x' * 300} is missing: 1 tensors." in faults(directory)
+
+
+def test_faults_come_in_the_order_of_the_model(tmp_path, weights):
+    narrow = {name: array.astype(np.float64) for name, array in weights.items()}
+    found = [line.split()[0] for line in faults(save(tmp_path / "hf", narrow)) if " is F64" in line]
+    assert found == list(weights)[: len(found)] and len(found) > 20
+
+
+def test_a_layer_number_that_is_none(tmp_path, weights):
+    weights["backbone.layers.².mixer.in_proj.weight"] = weights.pop("lm_head.weight")
+    assert any("layers.².mixer.in_proj.weight is no tensor" in line for line in faults(save(tmp_path / "hf", weights)))
 
 
 def test_a_pattern_that_is_not_that_of_the_tensors(tmp_path, weights):

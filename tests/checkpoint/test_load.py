@@ -107,6 +107,10 @@ def test_what_cannot_be_loaded(hf, tmp_path):
         nemotron_jax.load(tmp_path / "x")
     with pytest.raises(CheckpointError, match=r"holds no config\.json"):
         nemotron_jax.load(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"architectures": []}')
+    with pytest.raises(CheckpointError, match=r"neither model_type \(Hugging Face\) nor model"):
+        nemotron_jax.load(tmp_path / "other")
     with pytest.raises(CheckpointError, match="has no steps"):
         nemotron_jax.load(hf, step=3)
     assert jax.device_count() == 8
