@@ -114,6 +114,8 @@ def _from_hf(rest: dict[str, Any]) -> ModelConfig:
     model = sections[""]
     if "hidden_size" not in model:
         raise ConfigError("config.json lacks hidden_size.")
+    if "bfloat16_share" in rest:  # our own key: Hugging Face has nothing to say of it
+        model["bfloat16_share"] = rest.pop("bfloat16_share")
     return ModelConfig(
         pattern=pattern,
         **model,
@@ -152,6 +154,8 @@ def to_hf(config: ModelConfig, *, layer_lists: bool = False) -> dict[str, Any]:
         source = getattr(config, section) if section else config
         values.update({theirs: getattr(source, ours) for ours, theirs in fields.items()})
     values["moe_latent_size"] = config.moe.latent_size or None
+    if config.bfloat16_share != ModelConfig.bfloat16_share:
+        values["bfloat16_share"] = config.bfloat16_share
     values.update(_layers("", config.pattern, layer_lists))
     if config.mtp is not None:
         values.update(_layers("mtp_", config.mtp.pattern, layer_lists))
