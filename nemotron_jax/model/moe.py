@@ -12,6 +12,8 @@ Shapes: B batch, T time, D model width, L latent (or model) width, F expert widt
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,8 +23,9 @@ from nemotron_jax.config import ModelConfig, MoEConfig
 from nemotron_jax.model.context import Context
 from nemotron_jax.model.linear import Buffer, Linear, Scope, normal
 from nemotron_jax.model.mlp import FeedForward
+from nemotron_jax.parallel.experts import routed
 from nemotron_jax.precision.float32 import float32_matmul
-from pallas_kernels import grouped_matmul, permute, unpermute
+from pallas_kernels import grouped_matmul
 
 
 class Router(nnx.Module):
@@ -80,11 +83,26 @@ class Experts(nnx.Module):
         )
         self.precision = scope.precision
 
-    def __call__(self, rows: Array, group_sizes: Array) -> Array:
-        """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
+    def __call__(self, u_BTL: Array, experts_BTK: Array, weights_BTK: Array) -> Array:
+        """sum_k weights[k] down(relu(up(u))^2) of the chosen experts: [B, T, L], [B, T, K] twice -> [B, T, L]."""
         dtype = self.precision.operands
-        hidden = grouped_matmul(rows.astype(dtype), self.up_proj[...].astype(dtype), group_sizes, activation="relu2")
-        return grouped_matmul(hidden, self.down_proj[...].astype(dtype), group_sizes).astype(rows.dtype)
+        return routed(
+            functools.partial(_apply, dtype),
+            u_BTL,
+            experts_BTK,
+            weights_BTK,
+            (self.up_proj[...], self.down_proj[...]),
+            (self.up_proj.axes, self.down_proj.axes),
+            self.up_proj.shape[0],
+            dtype,
+        )
+
+
+def _apply(dtype: str, params: tuple[Array, Array], rows: Array, group_sizes: Array) -> Array:
+    """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
+    up_ELF, down_EFL = (w.astype(dtype) for w in params)
+    hidden = grouped_matmul(rows.astype(dtype), up_ELF, group_sizes, activation="relu2")
+    return grouped_matmul(hidden, down_EFL, group_sizes).astype(rows.dtype)
 
 
 class MoE(nnx.Module):
@@ -117,12 +135,7 @@ class MoE(nnx.Module):
         batch, time = h_BTD.shape[:2]
         scores_BTE, experts_BTK, weights_BTK = self.gate(h_BTD)
         u_BTL = self.fc1_latent_proj(h_BTD, ctx.seed) if self.config.latent_size else h_BTD
-        flat = batch * time
-        rows, group_sizes, row_map = permute(
-            u_BTL.reshape(flat, -1), experts_BTK.reshape(flat, -1), self.config.num_experts
-        )
-        rows = self.experts(rows, group_sizes)
-        y_BTL = unpermute(rows, row_map, weights_BTK.reshape(flat, -1)).reshape(batch, time, -1)
+        y_BTL = self.experts(u_BTL, experts_BTK, weights_BTK)
         y_BTD = self.fc2_latent_proj(y_BTL, ctx.seed) if self.config.latent_size else y_BTL
         y_BTD = y_BTD + self.shared_experts(h_BTD, ctx.seed)
 

@@ -10,12 +10,15 @@ there before it is returned.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from nemotron_jax.parallel.mesh import mesh_axes, shards
 
@@ -69,15 +72,33 @@ def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
 
 
-def gathered(part: Array, axes: Axes, shape: Sequence[int], names: Sequence[str] = ("embed", "latent")) -> Array:
-    """Inside `per_device`: a part of a weight of ``shape``, made whole along the logical axes ``names``.
+def gathered(part: Array, axes: Axes, shape: Sequence[int], dtype: DTypeLike) -> Array:
+    """Inside `per_device`: the part of a weight of ``shape`` made whole along the axes of FSDP ("embed", "latent").
 
-    The gradient is summed over the devices of these axes in its own dtype and cut back into parts.
+    It travels in ``dtype``. The gradient is summed over the devices in the dtype of the part, and cut back into parts.
     """
-    for dimension, name in enumerate(axes):
-        if name is not None and name in names and part.shape[dimension] < shape[dimension]:
-            part = lax.all_gather(part, mesh_axes(name), axis=dimension, tiled=True)
-    return part
+    cut = [d for d, size in enumerate(shape) if axes[d] in ("embed", "latent") and part.shape[d] < size]
+    if not cut:
+        return part.astype(dtype)
+    return _gather(mesh_axes("embed"), cut[0], jnp.dtype(dtype), part.dtype, part)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _gather(names: tuple[str, ...], dimension: int, dtype: jnp.dtype, master: jnp.dtype, part: Array) -> Array:
+    return lax.all_gather(part.astype(dtype), names, axis=dimension, tiled=True)
+
+
+def _gather_fwd(*arguments: Any) -> tuple[Array, None]:
+    return _gather(*arguments), None
+
+
+def _gather_bwd(
+    names: tuple[str, ...], dimension: int, dtype: jnp.dtype, master: jnp.dtype, _: None, d: Array
+) -> tuple[Array]:
+    return (lax.psum_scatter(d.astype(master), names, scatter_dimension=dimension, tiled=True),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def index(name: str) -> Array:
