@@ -57,9 +57,13 @@ def per_device(
                 raise ValueError(f"{size} tokens of a row do not divide over {shards(name)} devices")
         kept = {name for name, size in sizes if name is not None and size % shards(name)} | set(whole)
 
+        alone = tuple(axis for axis, size in mesh.shape.items() if size == 1)
+
         def spec(axes: Axes | None) -> PartitionSpec:
-            names = (None if name is None or name in kept else mesh_axes(name) or None for name in axes or ())
-            return PartitionSpec(*names)
+            names = [() if name is None or name in kept else mesh_axes(name) for name in axes or ()]
+            if names:  # axes of one device: named somewhere, no sum over them is made
+                names[0] += tuple(axis for axis in alone if not any(axis in others for others in names))
+            return PartitionSpec(*(axes or None for axes in names))
 
         in_specs = tuple(None if array is None else spec(axes) for axes, array in zip(operands, arrays, strict=True))
         out_specs = jax.tree.map(spec, results, is_leaf=_is_axes)
@@ -77,25 +81,36 @@ def gathered(part: Array, axes: Axes, shape: Sequence[int], dtype: DTypeLike) ->
 
     It travels in ``dtype``. The gradient is summed over the devices in the dtype of the part, and cut back into parts.
     """
+    dimension = _cut_by_fsdp(part, axes, shape)
+    return part.astype(dtype) if dimension is None else _gather(dimension, jnp.dtype(dtype), part.dtype, part)
+
+
+def scattered(whole: Array, axes: Axes, part: Array, shape: Sequence[int]) -> Array:
+    """The transpose of `gathered`: a sum over the devices, each with its ``part``."""
+    dimension = _cut_by_fsdp(part, axes, shape)
+    return whole if dimension is None else _scatter(dimension, whole)
+
+
+def _cut_by_fsdp(part: Array, axes: Axes, shape: Sequence[int]) -> int | None:
     cut = [d for d, size in enumerate(shape) if axes[d] in ("embed", "latent") and part.shape[d] < size]
-    if not cut:
-        return part.astype(dtype)
-    return _gather(mesh_axes("embed"), cut[0], jnp.dtype(dtype), part.dtype, part)
+    return cut[0] if cut else None  # a mesh axis cuts one dimension of an array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _gather(names: tuple[str, ...], dimension: int, dtype: jnp.dtype, master: jnp.dtype, part: Array) -> Array:
-    return lax.all_gather(part.astype(dtype), names, axis=dimension, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gather(dimension: int, dtype: jnp.dtype, master: jnp.dtype, part: Array) -> Array:
+    return lax.all_gather(part.astype(dtype), mesh_axes("embed"), axis=dimension, tiled=True)
 
 
-def _gather_fwd(*arguments: Any) -> tuple[Array, None]:
-    return _gather(*arguments), None
+def _scatter(dimension: int, whole: Array) -> Array:
+    return lax.psum_scatter(whole, mesh_axes("embed"), scatter_dimension=dimension, tiled=True)
 
 
-def _gather_bwd(
-    names: tuple[str, ...], dimension: int, dtype: jnp.dtype, master: jnp.dtype, _: None, d: Array
-) -> tuple[Array]:
-    return (lax.psum_scatter(d.astype(master), names, scatter_dimension=dimension, tiled=True),)
+def _gather_fwd(dimension: int, dtype: jnp.dtype, master: jnp.dtype, part: Array) -> tuple[Array, None]:
+    return _gather(dimension, dtype, master, part), None
+
+
+def _gather_bwd(dimension: int, dtype: jnp.dtype, master: jnp.dtype, _: None, d: Array) -> tuple[Array]:
+    return (_scatter(dimension, d.astype(master)),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
