@@ -30,6 +30,7 @@ from nemotron_jax.errors import ConfigError, DataError
 from nemotron_jax.model.counts import count_parameters, flops_per_token
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.parallel import mesh as meshes
+from nemotron_jax.parallel.fit import check_batch, check_model
 from nemotron_jax.run_config import RunConfig, differing_keys, to_dict
 from nemotron_jax.training import workdir as workdirs
 from nemotron_jax.training.metrics import METRICS_FILE, MetricsLog, read_rows
@@ -81,7 +82,7 @@ class Run:
         self.config, self.workdir, self.sampler = config, workdir, sampler
         self.first_process = jax.process_index() == 0
         mesh = meshes.make_mesh(config.parallel)
-        check_batch(config, mesh)
+        check_mesh(config, mesh)
         self.setup = TrainSetup(config, mesh)
         _ = self.setup.trained  # bad path rules are refused before anything is written
         with workdirs.claim(workdir, config, write=self.first_process):
@@ -292,20 +293,17 @@ class Run:
         )
 
 
-def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises ConfigError when a microbatch or a row does not divide over the mesh."""
-    rows = config.train.global_batch_size // config.train.microbatches
-    shards = {axis: mesh.shape[axis] for axis in ("data", "fsdp", "expert")}
-    count = int(np.prod(list(shards.values())))
-    if rows % count:
-        raise ConfigError(
-            f"train.global_batch_size / train.microbatches is {rows} sequences, which do not divide over the "
-            f"{count} devices of the mesh axes data, fsdp and expert ({shards}): make it a multiple of {count}."
-        )
-    if config.data.seq_len % mesh.shape["context"]:
-        raise ConfigError(
-            f"data.seq_len ({config.data.seq_len}) must be a multiple of parallel.context ({mesh.shape['context']})."
-        )
+def check_mesh(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError when the model, a microbatch or a row does not divide over the mesh."""
+    check_model(config.model, mesh)
+    check_batch(
+        config.model,
+        mesh,
+        rows=config.train.global_batch_size // config.train.microbatches,
+        rows_name="train.global_batch_size / train.microbatches",
+        seq_len=config.data.seq_len,
+        seq_name="data.seq_len",
+    )
 
 
 def _open_data(config: RunConfig, workdir: Path) -> tuple[Tokenizer | None, TrainData]:
