@@ -1,5 +1,6 @@
 """Meshes of the 8 fake devices, and what a compiled program sends."""
 
+import math
 import re
 from collections import Counter
 
@@ -18,15 +19,20 @@ def eight():
     return lambda **axes: make_mesh(ParallelConfig(**{"data": 1, **axes}), jax.devices())
 
 
-def collectives(function, *arguments) -> list[tuple[str, tuple[int, ...]]]:
-    """(kind, shape on a device) of each operand of each collective of the compiled program."""
+def collectives(function, *arguments) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:
+    """(kind, shapes of the results on a device) of each collective of the compiled program."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
     found = []
     for results, kind in re.findall(rf"= (\(.*?\)|\S+) ({KINDS})(?:-start)?\(", text):
-        shapes = [tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w+\[([\d,]*)\]", results)]
-        found += [(kind, shape) for shape in shapes]
+        dims = re.findall(r"\w+\[([\d,]*)\]", results)
+        found.append((kind, tuple(tuple(map(int, filter(None, shape.split(",")))) for shape in dims)))
     return found
 
 
 def kinds(found) -> dict[str, int]:
     return dict(Counter(kind for kind, _ in found))
+
+
+def elements(found, kind: str) -> list[int]:
+    """Numbers that each collective of a kind holds on a device, in ascending order."""
+    return sorted(sum(math.prod(shape) for shape in shapes) for name, shapes in found if name == kind)

@@ -35,7 +35,7 @@ def compare(mesh, whole, parts, operands, axes, result, ids):
         (_, y), grads = loss(per_device(parts, (*axes, ("batch", "time")), result))(*operands)
     np.testing.assert_allclose(y, expected, atol=2e-5)
     for a, b in zip(grads, expected_grads, strict=True):
-        assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
+        assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b)  # strong decays cancel in the gradient of A
 
 
 @pytest.mark.parametrize("ids", IDS, ids=["one_document", "packed"])
