@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ from nemotron_jax.training.state import TrainSetup
 from nemotron_jax.training.step import make_train_step
 from pallas_kernels import aot, dispatch
 
-WARM_UP = 2  # steps that are not counted
+WARM_UP = 2  # steps that are not counted, each run alone
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,9 @@ def run(what: str, work: Workload) -> dict[str, Any]:
       ConfigError: the mesh does not fit the devices, or the batch the mesh.
       UserError: the step does not fit into the memory of a device, or the compiler of the target is not installed.
     """
+    if work.precision == "auto":
+        work = dataclasses.replace(work, precision="bfloat16" if work.target else recipe("auto").activations)
     if work.target:
-        work = dataclasses.replace(work, precision="bfloat16" if work.precision == "auto" else work.precision)
         try:
             devices = aot.devices(work.target, work.target_devices)
         except RuntimeError as error:
@@ -144,7 +146,7 @@ def run(what: str, work: Workload) -> dict[str, Any]:
     if what == "train":
         result |= {"optimizer": work.optimizer, "remat": work.remat, "documents": work.documents}
     if not work.target:
-        result |= _speed(program, _repeat(program, compiled, work.steps), devices)
+        result |= _speed(program, *_repeat(program, compiled, work.steps), devices)
     return result
 
 
@@ -205,19 +207,22 @@ def _cache_in(folder: str) -> Iterator[None]:
         set_all(before)
 
 
-def _repeat(program: Program, compiled: Any, steps: int) -> list[float]:
-    """Seconds of each step: from the end of the one before to its own."""
+def _repeat(program: Program, compiled: Any, steps: int) -> tuple[list[float], int | None]:
+    """Seconds of each step, from the end of the one before to its own; and the peak memory of single steps in bytes."""
     _say("making weights and inputs")
     try:
         arguments = jax.block_until_ready(program.start())
         _say(f"running {WARM_UP} + {steps} steps")
         ends: list[float] = []
         before = None
-        for _ in range(WARM_UP + steps + 1):
+        for number in range(WARM_UP + steps + 1):
             results = compiled(*arguments)
             arguments, mark = program.following(arguments, results), program.mark(results)
             del results  # before the next step is queued: its gradients take the same place
-            if before is not None:
+            if number < WARM_UP:
+                mark.block_until_ready()
+                peak = _peak_bytes()
+            elif before is not None:
                 before.block_until_ready()
                 ends.append(time.perf_counter())
             before = mark
@@ -226,15 +231,19 @@ def _repeat(program: Program, compiled: Any, steps: int) -> list[float]:
             raise
         line = str(error).splitlines()[0]
         raise UserError(f"out of memory ({line}): lower --batch or --seq, or use --remat=full.") from error
-    return [end - start for start, end in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
+    return [end - start for start, end in pairwise(ends)], peak
 
 
-def _speed(program: Program, seconds: list[float], devices: list[Any]) -> dict[str, Any]:
+def _peak_bytes() -> int | None:
+    """The most memory that was in use on a device so far; None where the device does not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one), default=None)
+
+
+def _speed(program: Program, seconds: list[float], peak: int | None, devices: list[Any]) -> dict[str, Any]:
     median = statistics.median(seconds)
     rate = program.tokens / median
     used = mfu(program.flops / program.tokens, rate, devices[0].device_kind, len(devices))
-    stats = [device.memory_stats() or {} for device in devices]
-    peaks = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
     return {
         "steps": len(seconds),
         "step_ms": round(1e3 * median, 3),
@@ -244,7 +253,7 @@ def _speed(program: Program, seconds: list[float], devices: list[Any]) -> dict[s
         "mfu": None if used is None else round(used, 4),
         "mfu_formula": f"flops a step ({program.flops:.6g}: {program.flops_formula}) / step_ms / "
         "(devices * published dense bfloat16 FLOP/s of a device)",
-        "peak_memory_gb": round(max(peaks) / 1e9, 3) if peaks else None,
+        "peak_memory_gb": None if peak is None else round(peak / 1e9, 3),
     }
 
 

@@ -16,6 +16,7 @@ Shapes: M rows, K inputs, N outputs, E groups, T row tiles, S slots of a ring.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import WGMMA, kernel_call
+from pallas_kernels.mosaic import WGMMA, Interpret, kernel_call
 from pallas_kernels.mosaic import tiles as swizzled
 
 NUM_SMS = 132  # H100 SXM, H200, GH200
@@ -51,14 +52,13 @@ class Plan:
 
 
 class RowTiles(NamedTuple):
-    """Row tile t covers rows row[t] .. + 127 and owns begin[t] .. end[t] - 1 of them, which belong to group[t].
+    """Row tile t is rows row[t] .. min(row[t] + 128, end[t]) - 1, of group[t], which ends at row end[t].
 
     The rows past the last group form one more group, number E, whose tiles store zeros. Int32.
     """
 
     group: jax.Array  # [T]
     row: jax.Array  # [T]
-    begin: jax.Array  # [T]
     end: jax.Array  # [T]
     last: jax.Array  # [E + 1], tiles up to each group's last: at the end, how many are in use
     starts: jax.Array  # [E + 1], first row of each group, and the end of the last
@@ -94,11 +94,11 @@ def _shared_by_cluster(plan):
     return None if plan.cluster == 1 else "block"
 
 
-def _launch(body, plan, out, scratch, *operands):
+def _launch(body, plan, out, scratch, interpret, *operands):
     return kernel_call(
         body,
         warpgroups=3,
-        interpret=None,
+        interpret=interpret,
         out_type=out,
         scratch_types=scratch,
         grid=(NUM_SMS // plan.cluster,),
@@ -145,59 +145,68 @@ def _fill(ring, tiles, steps_of, load_of):
     lax.fori_loop(jnp.maximum(steps - ring.plan.stages, 0), steps, drain, None)
 
 
-def _multiply_tiles(ring, tiles, steps_of, work_of):
-    """A multiplying warpgroup: its share of every tile.
+class _Work(NamedTuple):
+    """A multiplying warpgroup's part of a tile."""
 
-    work_of(i) returns (has_rows, multiply, store) of tile i: multiply(acc, k, slot) starts the products of step k,
-    store(acc) takes the sum.
-    """
+    needed: Any  # whether there is any
+    columns_left: Any  # from the tile's first column on: a tile may be the narrower last one
+    multiply: Callable[..., None]  # (accumulator, step, slot): start the products of a step
+    store: Callable[..., None]  # (sum)
+
+
+def _multiply_tiles(ring, tiles, outputs, steps_of, work_of):
+    """A multiplying warpgroup: its share of every tile; work_of(i): the `_Work` of tile i."""
     plan, warpgroup = ring.plan, lax.axis_index("wg")
     plgpu.set_max_registers(232, action="increase")
     rows = TILE_ROWS if plan.alternate else TILE_ROWS // 2
+    last_width = outputs % plan.columns
 
     def one_tile(i, first_step):
         steps = steps_of(i)
 
-        def work():
-            has_rows, multiply, store = work_of(i)
-
-            @pl.when(has_rows)
-            def compute():
-                def products(acc):
-                    def one_step(k, _):
-                        slot = ring.slot(first_step + k)
-                        plgpu.barrier_wait(ring.full_barrier(slot, i))
-                        multiply(acc, k, slot)
-                        plgpu.wgmma_wait(1)
-
-                        @pl.when(k > 0)  # the products before these are done
-                        def free_slot():
-                            plgpu.barrier_arrive(ring.free.at[ring.slot(first_step + k - 1)])
-
-                    lax.fori_loop(0, steps, one_step, None)
-                    plgpu.wgmma_wait(0)
-
-                    @pl.when(steps > 0)
-                    def free_last_slot():
-                        plgpu.barrier_arrive(ring.free.at[ring.slot(first_step + steps - 1)])
-
-                    return acc[...]
-
-                store(pl.run_scoped(products, plgpu.ACC((rows, plan.columns), jnp.float32)))
-
-            @pl.when(~has_rows)
-            def pass_by():
+        def compute(work, width):
+            def products(acc):
                 def one_step(k, _):
                     slot = ring.slot(first_step + k)
                     plgpu.barrier_wait(ring.full_barrier(slot, i))
-                    plgpu.barrier_arrive(ring.free.at[slot])
+                    work.multiply(acc, k, slot)
+                    plgpu.wgmma_wait(1)
+
+                    @pl.when(k > 0)  # the products before these are done
+                    def free_slot():
+                        plgpu.barrier_arrive(ring.free.at[ring.slot(first_step + k - 1)])
 
                 lax.fori_loop(0, steps, one_step, None)
+                plgpu.wgmma_wait(0)
+
+                @pl.when(steps > 0)
+                def free_last_slot():
+                    plgpu.barrier_arrive(ring.free.at[ring.slot(first_step + steps - 1)])
+
+                return acc[...]
+
+            work.store(pl.run_scoped(products, plgpu.ACC((rows, width), jnp.float32)))
+
+        def pass_by():
+            def one_step(k, _):
+                slot = ring.slot(first_step + k)
+                plgpu.barrier_wait(ring.full_barrier(slot, i))
+                plgpu.barrier_arrive(ring.free.at[slot])
+
+            lax.fori_loop(0, steps, one_step, None)
+
+        def my_part():
+            work = work_of(i)
+            is_last = (work.columns_left == last_width) if last_width else False
+            pl.when(work.needed & ~jnp.bool_(is_last))(lambda: compute(work, plan.columns))
+            if last_width:
+                pl.when(work.needed & is_last)(lambda: compute(work, last_width))
+            pl.when(~work.needed)(pass_by)
 
         if plan.alternate:
-            pl.when(lax.rem(i, jnp.int32(2)) == warpgroup)(work)
+            pl.when(lax.rem(i, jnp.int32(2)) == warpgroup)(my_part)
         else:
-            work()
+            my_part()
         return first_step + steps
 
     lax.fori_loop(0, tiles, one_tile, jnp.int32(0))
@@ -217,6 +226,7 @@ def multiply_rows(
     *,
     transposed: bool = False,
     activation: str | None = None,
+    interpret: Interpret = None,
 ) -> jax.Array:
     """lhs [M, K] times each group's matrix, rhs [E, K, N] or, transposed, [E, N, K] -> [M, N].
 
@@ -230,16 +240,18 @@ def multiply_rows(
     input_steps = pl.cdiv(inputs, STEP)
 
     def body(*refs):
-        # The same bytes twice: swizzled for whole blocks, row by row for the rest. One pair for each warpgroup, so that
-        # the race detector sees what is whose.
-        shape = (slots, 64, 64)
-        union = plgpu.RefUnion(swizzled(*shape, dtype=lhs.dtype), plgpu.SMEM(shape, lhs.dtype))
-        pl.run_scoped(functools.partial(work, *refs), union, union, collective_axes="wg")
+        buffers = (
+            _any_row(plan.stages, TILE_ROWS, STEP, interpret=interpret),
+            _any_row(2, slots, 64, 64, interpret=interpret),
+        )
+        pl.run_scoped(functools.partial(work, *refs), *buffers, collective_axes="wg")
 
-    def work(group, row, begin, end, last, lhs_hbm, rhs_hbm, out_hbm, lhs_smem, rhs_smem, full, free, *buffers):
+    def work(group, row, end, last, lhs_hbm, rhs_hbm, out_hbm, rhs_smem, full, free, lhs_views, out_views):
         warpgroup = lax.axis_index("wg")
         ring = _Ring(plan, full, free)
         my_tiles, tile_of = _my_share(last[groups] * column_tiles, plan)
+        lhs_smem, lhs_by_row = _views(lhs_views, interpret)
+        out_smem, out_by_row = _views(out_views, interpret)
 
         def place(i):
             """Row tile and first column of tile i."""
@@ -251,15 +263,14 @@ def multiply_rows(
 
         def load_of(i):
             tile, column = place(i)
-            row_slice = pl.ds(pl.multiple_of(row[tile], ALIGN), TILE_ROWS)
-            column_slice = pl.ds(column, columns)
+            row_slice, column_slice = pl.ds(row[tile], TILE_ROWS), pl.ds(column, columns)
             weight = rhs_hbm.at[jnp.minimum(group[tile], groups - 1)]
 
             def load(k, slot, barrier):
                 k_slice = pl.ds(k * STEP, STEP)
                 left = lhs_hbm.at[row_slice, k_slice]
                 right = weight.at[column_slice, k_slice] if transposed else weight.at[k_slice, column_slice]
-                plgpu.copy_gmem_to_smem(left, lhs_smem.at[slot], barrier, collective_axes=_shared_by_cluster(plan))
+                plgpu.copy_gmem_to_smem(left, lhs_by_row.at[slot], barrier, collective_axes=_shared_by_cluster(plan))
                 plgpu.copy_gmem_to_smem(right, rhs_smem.at[slot], barrier)
 
             return load
@@ -267,44 +278,60 @@ def multiply_rows(
         def work_of(i):
             tile, column = place(i)
             blocks = _my_blocks(plan, row[tile])
-            owned = [(jnp.clip(begin[tile] - r, 0, 64), jnp.clip(end[tile] - r, 0, 64)) for r in blocks]
+            owned = [jnp.clip(end[tile] - first, 0, 64) for first in blocks]
 
             def multiply(acc, k, slot):
                 left, right = lhs_smem.at[slot], rhs_smem.at[slot]
                 if not plan.alternate:
                     left = left.at[pl.ds(pl.multiple_of(64 * warpgroup, 64), 64)]
-                plgpu.wgmma(acc, left, right.transpose((1, 0)) if transposed else right)
+                if transposed:
+                    plgpu.wgmma(acc, left, right.at[pl.ds(0, acc.shape[1])].transpose((1, 0)))
+                else:
+                    plgpu.wgmma(acc, left, right.at[:, pl.ds(0, acc.shape[1])])
 
             def store(acc):
                 if activation == "relu2":
                     acc = jnp.square(jnp.maximum(acc, 0.0))
-                for w in (0, 1):
-                    pl.when(warpgroup == w)(functools.partial(store_into, buffers[w], acc))
-
-            def store_into(buffers, acc):
-                whole_smem, part_smem = buffers
-                for b, (low, high) in enumerate(owned):
-                    for c in range(0, columns, 64):
+                for b, (first, size) in enumerate(zip(blocks, owned, strict=True)):
+                    for c in range(0, acc.shape[1], 64):
                         buffer = _next_buffer(c, slots)
 
-                        @pl.when((high > low) & (column + c < outputs))
-                        def _(b=b, c=c, low=low, high=high, buffer=buffer):
-                            block = acc[64 * b : 64 * (b + 1), c : c + 64].astype(out_hbm.dtype)
+                        @pl.when((size > 0) & (column + c < outputs))
+                        def _(b=b, c=c, first=first, size=size, buffer=buffer):
+                            block = acc[64 * b : 64 * (b + 1), c : c + 64]
+                            out_smem[warpgroup, buffer] = block.astype(out_hbm.dtype)
+                            plgpu.commit_smem()
                             out = out_hbm.at[:, pl.ds(column + c, 64)]
-                            _store_rows(block, low, high, whole_smem.at[buffer], part_smem.at[buffer], out, blocks[b])
+                            _store_rows(out_by_row.at[warpgroup, buffer], out, first, size)
 
-            return sum(high - low for low, high in owned) > 0, multiply, store
+            return _Work((owned[0] > 0) & (column < outputs), outputs - column, multiply, store)
 
         pl.when(warpgroup == 2)(lambda: _fill(ring, my_tiles, steps_of, load_of))
-        pl.when(warpgroup < 2)(lambda: _multiply_tiles(ring, my_tiles, steps_of, work_of))
+        pl.when(warpgroup < 2)(lambda: _multiply_tiles(ring, my_tiles, outputs, steps_of, work_of))
 
     scratch = [
-        swizzled(plan.stages, TILE_ROWS, STEP, dtype=lhs.dtype),
         swizzled(plan.stages, *((columns, STEP) if transposed else (STEP, columns)), dtype=rhs_EKN.dtype),
         *_barriers(plan),
     ]
     out = jax.ShapeDtypeStruct((rows, outputs), lhs.dtype)
-    return _launch(body, plan, out, scratch, *tiles[:5], lhs, rhs_EKN)
+    return _launch(body, plan, out, scratch, interpret, *tiles[:4], lhs, rhs_EKN)
+
+
+def _any_row(*shape, interpret):
+    """bfloat16 [.., rows, 64] in shared memory that a TMA copy may start at any row of.
+
+    The bytes lie as wgmma wants them, in swizzled tiles of 8 rows, which are consecutive where a tile is as wide as the
+    array: so they are swizzled rows too, and TMA sees those. The interpreter has no layouts and needs no second view.
+    """
+    if interpret is not None:
+        return swizzled(*shape)
+    by_row = plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.SwizzleTransform(128),))  # type: ignore[abstract]
+    return plgpu.RefUnion(swizzled(*shape), by_row)
+
+
+def _views(allocated, interpret):
+    """The two views of an array made by `_any_row`: for wgmma and stores of registers, and for TMA."""
+    return (allocated, allocated) if interpret is not None else tuple(allocated)
 
 
 def _next_buffer(column, slots):
@@ -313,30 +340,19 @@ def _next_buffer(column, slots):
     return column // 64 % slots
 
 
-def _store_rows(block, low, high, whole_smem, part_smem, out_hbm, row):
-    """Start to store rows low .. high - 1 of `block` [64, 64] -> out[row + low : row + high]."""
-    owned = high - low
+def _store_rows(block_smem, out_hbm, row, count):
+    """Start to store the first `count` rows, 1 to 64, of a block [64, 64] -> out[row : row + count]."""
+    for size in (64, 32, 16, 8, 4, 2, 1):
+        at = count & -2 * size
 
-    @pl.when(owned == 64)
-    def store_whole():
-        whole_smem[...] = block
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(whole_smem, out_hbm.at[pl.ds(pl.multiple_of(row, ALIGN), 64)])
-
-    @pl.when(owned < 64)
-    def store_part():
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        part_smem[...] = block
-        plgpu.commit_smem()
-        for size in (32, 16, 8, 4, 2, 1):
-            at = low + (owned & -2 * size)
-
-            @pl.when((owned & size) != 0)
-            def _(size=size, at=at):
-                plgpu.copy_smem_to_gmem(part_smem.at[pl.ds(at, size)], out_hbm.at[pl.ds(row + at, size)])
+        @pl.when((count & size) != 0)
+        def _(size=size, at=at):
+            plgpu.copy_smem_to_gmem(block_smem.at[pl.ds(at, size)], out_hbm.at[pl.ds(row + at, size)])
 
 
-def outer_products(lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan, dtype: Any) -> jax.Array:
+def outer_products(
+    lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan, dtype: Any, interpret: Interpret = None
+) -> jax.Array:
     """lhs [M, K], d_out [M, N] -> [E, K, N] of `dtype` (2 bytes): per group lhs^T d_out, zero for empty groups.
 
     M is a multiple of 8, K and N of 64. Rows past the last group may hold anything.
@@ -356,7 +372,7 @@ def outer_products(lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan
         def place(i):
             """Group, first row (an input) and first column (an output) of tile i."""
             within = lax.rem(tile_of(i), jnp.int32(per_group))
-            column = _my_column(lax.rem(within, jnp.int32(column_tiles)), plan)
+            column = _my_column(lax.rem(within, jnp.int32(column_tiles)), plan) * columns
             return lax.div(tile_of(i), jnp.int32(per_group)), lax.div(within, jnp.int32(column_tiles)), column
 
         def span(group):
@@ -379,9 +395,7 @@ def outer_products(lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan
                     barrier,
                     collective_axes=_shared_by_cluster(plan),
                 )
-                plgpu.copy_gmem_to_smem(
-                    d_out_hbm.at[row_slice, pl.ds(column * columns, columns)], d_out_smem.at[slot], barrier
-                )
+                plgpu.copy_gmem_to_smem(d_out_hbm.at[row_slice, pl.ds(column, columns)], d_out_smem.at[slot], barrier)
 
             return load
 
@@ -418,12 +432,12 @@ def outer_products(lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan
                         plgpu.barrier_wait(masked)
 
                 left = lhs_smem.at[slot] if plan.alternate else mine[0]
-                plgpu.wgmma(acc, left.transpose((1, 0)), right)
+                plgpu.wgmma(acc, left.transpose((1, 0)), right.at[:, pl.ds(0, acc.shape[1])])
 
             def store(acc):
                 for b, first_row in enumerate(rows):
-                    for c in range(0, columns, 64):
-                        at = column * columns + c
+                    for c in range(0, acc.shape[1], 64):
+                        at = column + c
                         buffer = _next_buffer(c, slots)
 
                         @pl.when((first_row < inputs) & (at < outputs))
@@ -435,10 +449,11 @@ def outer_products(lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan
 
             # The two warpgroups meet where d_out is masked: there, neither may pass by.
             meets = first + steps_of(i) * STEP > starts[groups]
-            return (rows[0] < inputs) | meets, multiply, store
+            needed = (rows[0] < inputs) & (column < outputs) | meets
+            return _Work(needed, outputs - column, multiply, store)
 
         pl.when(warpgroup == 2)(lambda: _fill(ring, my_tiles, steps_of, load_of))
-        pl.when(warpgroup < 2)(lambda: _multiply_tiles(ring, my_tiles, steps_of, work_of))
+        pl.when(warpgroup < 2)(lambda: _multiply_tiles(ring, my_tiles, outputs, steps_of, work_of))
 
     scratch = [
         swizzled(plan.stages, STEP, TILE_ROWS, dtype=lhs.dtype),
@@ -448,7 +463,7 @@ def outer_products(lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan
         plgpu.Barrier(num_arrivals=2),
     ]
     out = jax.ShapeDtypeStruct((groups, inputs, outputs), dtype)
-    return _launch(body, plan, out, scratch, tiles.starts, lhs, d_out)
+    return _launch(body, plan, out, scratch, interpret, tiles.starts, lhs, d_out)
 
 
 def _keep_rows(ref, low, high):

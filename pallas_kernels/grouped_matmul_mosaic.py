@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.grouped_matmul_kernels import ALIGN, TILE_ROWS, Plan, RowTiles, multiply_rows, outer_products
+from pallas_kernels.mosaic import Interpret
 
 
 def choose_plan(direction: str, rows: int, inputs: int, outputs: int, groups: int) -> Plan:
@@ -38,34 +39,35 @@ def unfit(lhs: jax.Array, rhs: jax.Array) -> str:
     return ""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul_mosaic(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, activation: str | None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_matmul_mosaic(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, activation: str | None, interpret: Interpret = None
+) -> jax.Array:
     """[M, K], [E, K, N], [E] int32 -> [M, N], all bfloat16."""
-    return _forward(lhs, rhs, group_sizes, activation)[0]
+    return _forward(lhs, rhs, group_sizes, activation, interpret)[0]
 
 
-def _forward(lhs, rhs, group_sizes, activation):
+def _forward(lhs, rhs, group_sizes, activation, interpret):
     rows = lhs.shape[0]
-    padded = _whole_atoms(lhs)
-    tiles = row_tiles(group_sizes, padded.shape[0])
+    tiles = row_tiles(group_sizes, rows)
     plan = choose_plan("forward", rows, rhs.shape[1], rhs.shape[2], rhs.shape[0])
-    out = multiply_rows(padded, rhs, tiles, plan, activation=activation)[:rows]
+    out = multiply_rows(lhs, rhs, tiles, plan, activation=activation, interpret=interpret)
     # relu2 has derivative 2 max(z, 0) = 2 sqrt(out): rounding out to bfloat16 costs half of its relative error there.
     return out, (lhs, rhs, group_sizes, out if activation == "relu2" else None)
 
 
-def _backward(activation, residuals, d_out):
+def _backward(activation, interpret, residuals, d_out):
     lhs, rhs, group_sizes, out = residuals
     rows = lhs.shape[0]
     groups, inputs, outputs = rhs.shape
     if activation == "relu2":
         d_out = (d_out.astype(jnp.float32) * 2 * jnp.sqrt(out.astype(jnp.float32))).astype(lhs.dtype)
-    padded, d_out = _whole_atoms(lhs), _whole_atoms(d_out)
-    tiles = row_tiles(group_sizes, padded.shape[0])
+    tiles = row_tiles(group_sizes, rows)
     plan = choose_plan("d_lhs", rows, outputs, inputs, groups)
-    d_lhs = multiply_rows(d_out, rhs, tiles, plan, transposed=True)[:rows]
+    d_lhs = multiply_rows(d_out, rhs, tiles, plan, transposed=True, interpret=interpret)
     plan = choose_plan("d_rhs", rows, inputs, outputs, groups)
-    return d_lhs, outer_products(padded, d_out, tiles, plan, rhs.dtype), None
+    d_rhs = outer_products(_whole_atoms(lhs), _whole_atoms(d_out), tiles, plan, rhs.dtype, interpret)
+    return d_lhs, d_rhs, None
 
 
 grouped_matmul_mosaic.defvjp(_forward, _backward)
@@ -79,17 +81,16 @@ def _whole_atoms(z):
 def row_tiles(group_sizes: jax.Array, rows: int) -> RowTiles:
     """Cut `rows` rows, sorted by group, into tiles; computed on the device in four small kernels."""
     groups = group_sizes.shape[0]
-    most = (rows + (groups + 1) * (TILE_ROWS + ALIGN - 2)) // TILE_ROWS
+    most = (rows + (groups + 1) * (TILE_ROWS - 1)) // TILE_ROWS
     group = jnp.arange(groups + 1, dtype=jnp.int32)
     # A masked sum is one kernel, a cumulative sum of so few numbers four.
     size_before = jnp.where(group[:groups] < group[:, None], group_sizes, 0)
     size_until = jnp.where(group[:groups] <= group[:, None], group_sizes, 0)
     starts = jnp.minimum(size_before.sum(1, dtype=jnp.int32), rows)
     ends = jnp.where(group == groups, rows, jnp.minimum(size_until.sum(1, dtype=jnp.int32), rows))
-    first = starts & -ALIGN
-    tiles = jnp.where(ends > starts, (ends - first + TILE_ROWS - 1) // TILE_ROWS, 0)
+    tiles = (ends - starts + TILE_ROWS - 1) // TILE_ROWS
     last = jnp.where(group <= group[:, None], tiles, 0).sum(1, dtype=jnp.int32)
     tile = jnp.arange(most, dtype=jnp.int32)
     mine = jnp.minimum((last <= tile[:, None]).sum(1, dtype=jnp.int32), groups)
-    row = first[mine] + (tile - (last - tiles)[mine]) * TILE_ROWS
-    return RowTiles(mine, row, starts[mine], ends[mine], last, starts)
+    row = starts[mine] + (tile - (last - tiles)[mine]) * TILE_ROWS
+    return RowTiles(mine, row, ends[mine], last, starts)

@@ -45,7 +45,7 @@ def test_a_command_prints_one_object(capfd, monkeypatch, what: str):
     assert 0 < result["step_ms_min"] <= result["step_ms"] and result["steps"] == 2
     assert result["compile_seconds"]["cold"] > result["compile_seconds"]["warm"] > 0
     assert result["mfu"] is None  # the peak of this CPU is not known
-    assert result["operations"]["ssd"] == "reference"
+    assert result["operations"]["ssd"] == "reference" and result["precision"] == "float32"
 
 
 def test_training_keeps_weights_and_gradients_in_bfloat16_and_nothing_else():

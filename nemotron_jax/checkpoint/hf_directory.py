@@ -17,7 +17,7 @@ import numpy as np
 
 from nemotron_jax.checkpoint import modelopt
 from nemotron_jax.checkpoint.hf import STACKED, Entry, Table, canonical, copy_into, kv_scale_name, scheme_of, to_ours
-from nemotron_jax.checkpoint.report import Report
+from nemotron_jax.checkpoint.report import SHOWN, Report
 from nemotron_jax.checkpoint.safetensors import (
     DTYPES,
     INDEX_FILE,
@@ -286,11 +286,11 @@ class HFDirectory:
         # A file that could not be read is one fault; the tensors that it holds are not missing one by one.
         missing = [name for name in missing if whole and _layer(name) not in other_kind]
         surplus = [name for name in surplus if _layer(name) not in other_kind]
-        for name in surplus:
-            close = difflib.get_close_matches(name, missing[:2000], n=1, cutoff=0.8)
+        for place, name in enumerate(surplus):
+            close = _nearest(name, missing) if place < SHOWN else None  # it takes time, and only so many are shown
             if close:
-                self.report.add(f"{name} is no tensor of this model; {close[0]} is missing.", "misnamed")
-                missing.remove(close[0])
+                self.report.add(f"{name} is no tensor of this model; {close} is missing.", "misnamed")
+                missing.remove(close)
             else:
                 self.report.add(f"{name} is no tensor of this model.", "surplus")
         self.report.extend((f"{name} is missing." for name in missing), "missing")
@@ -303,17 +303,16 @@ class HFDirectory:
         for name in surplus:
             parts = name.split(".")
             if len(parts) > 4 and parts[0] in patterns and parts[1] == "layers" and parts[2].isdigit():
-                if parts[3] == "mixer" and parts[4] in marks:
-                    found[_layer(name)] = marks[parts[4]]
-                elif int(parts[2]) >= len(patterns[parts[0]]):
-                    found.setdefault(_layer(name), "")
+                said = patterns[parts[0]][int(parts[2]) : int(parts[2]) + 1]
+                letter = marks.get(parts[4], "") if parts[3] == "mixer" else ""
+                if letter != said and (letter or not said):
+                    found[_layer(name)] = letter or found.get(_layer(name), "")
         for layer, letter in found.items():
             stack, _, number = layer.split(".")
-            pattern = patterns[stack]
-            outside = int(number) >= len(pattern)
-            said = f"there are {len(pattern)} layers" if outside else BLOCK_LETTERS[pattern[int(number)]]
+            said = patterns[stack][int(number) : int(number) + 1]
             what = BLOCK_LETTERS.get(letter, "another block")
-            self.report.add(f"{layer}: the tensors are those of {what}, {CONFIG_FILE} says {said}.", "kind")
+            instead = BLOCK_LETTERS[said] if said else f"there are {len(patterns[stack])} layers"
+            self.report.add(f"{layer}: the tensors are those of {what}, {CONFIG_FILE} says {instead}.", "kind")
         return set(found)
 
     def _scan(self) -> None:
@@ -328,6 +327,12 @@ def block_rows(entry: Entry, dtype: np.dtype) -> int:
     """Rows of a tensor on disk that are handled at a time."""
     width = int(np.prod(entry.shape[1:])) * dtype.itemsize
     return max(1, BLOCK_BYTES // width)
+
+
+def _nearest(name: str, missing: Sequence[str]) -> str | None:
+    """The missing tensor that a name may have been meant for, best one of the same layer."""
+    same_layer = [other for other in missing if _layer(other) == _layer(name)]
+    return next(iter(difflib.get_close_matches(name, (same_layer or missing)[:500], n=1, cutoff=0.8)), None)
 
 
 def _layer(name: str) -> str:

@@ -42,6 +42,7 @@ LINEAR = frozenset(
     "eh_proj lm_head".split()
 )
 
+BLOCK = arithmetic.BLOCK
 _FLOAT32 = np.dtype(np.float32)
 _UINT8 = np.dtype(np.uint8)
 
@@ -89,18 +90,17 @@ class Scheme:
 def dequantize(scheme: Scheme, tensors: Mapping[str, ArrayLike]) -> NDArray:
     """{suffix: array} of one module -> its weight, float32 [out, in]. Activation scales play no part."""
     if scheme.algo == FP8:
-        return arithmetic.dequantize_fp8(tensors["weight"], tensors["weight_scale"])
-    codes, scales, scale_2 = nvfp4_parts(scheme, tensors)
-    return arithmetic.dequantize_nvfp4(codes, scales, scale_2)
+        return arithmetic.dequantize_fp8(tensors["weight"], global_scale(scheme, tensors))
+    codes = tensors["weight_packed" if scheme.compressed else "weight"]
+    return arithmetic.dequantize_nvfp4(codes, tensors["weight_scale"], global_scale(scheme, tensors))
 
 
-def nvfp4_parts(scheme: Scheme, tensors: Mapping[str, ArrayLike]) -> tuple[NDArray, NDArray, NDArray]:
-    """(packed codes, block scales, weight_scale_2 []) of an NVFP4 module under either set of names."""
-    if not scheme.compressed:
-        scale_2 = np.asarray(tensors["weight_scale_2"], np.float32).reshape(())
-        return np.asarray(tensors["weight"]), np.asarray(tensors["weight_scale"]), scale_2
-    scale_2 = np.float32(1) / np.asarray(tensors["weight_global_scale"], np.float32).reshape(())
-    return np.asarray(tensors["weight_packed"]), np.asarray(tensors["weight_scale"]), np.asarray(scale_2)
+def global_scale(scheme: Scheme, tensors: Mapping[str, ArrayLike]) -> NDArray:
+    """The one scale of a module's weight, float32 []: what its codes (NVFP4: and block scales) are multiplied by."""
+    if scheme.compressed:
+        return np.float32(1) / np.asarray(tensors["weight_global_scale"], np.float32).reshape(())
+    name = "weight_scale" if scheme.algo == FP8 else "weight_scale_2"
+    return np.asarray(tensors[name], np.float32).reshape(())
 
 
 def quantize(scheme: Scheme, weight: ArrayLike, input_amax: float | None = None) -> dict[str, NDArray]:

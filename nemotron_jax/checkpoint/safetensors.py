@@ -189,22 +189,28 @@ class ShardWriter:
 
     def __init__(self, directory: Path, tensors: Iterable[Tensor], *, max_shard: int = MAX_SHARD) -> None:
         self._directory = directory
-        shards = _shards(tensors, max_shard)
         self._files: list[Any] = []
         self._placed: dict[str, tuple[int, Tensor]] = {}
         self._left: dict[str, int] = {}  # bytes that have not come
         self._weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards):
-            name = SINGLE_FILE if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-            # Wide types first: every tensor then begins at a multiple of its element size, as torch wants it.
-            shard.sort(key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
-            header, placed = _placed(shard)
-            self._files.append(open(directory / name, "wb", buffering=0))  # noqa: SIM115 closed by close()
-            self._files[-1].write(header)
-            for tensor in placed:
-                self._placed[tensor.name] = (number, tensor)
-                self._left[tensor.name] = tensor.nbytes
-                self._weight_map[tensor.name] = name
+        shards = _shards(tensors, max_shard)
+        try:
+            for number, shard in enumerate(shards):
+                name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE_FILE
+                self._open(name, shard)
+        except OSError:
+            self.close()
+            raise
+
+    def _open(self, name: str, tensors: list[Tensor]) -> None:
+        # Wide types first: every tensor then begins at a multiple of its element size, as torch wants it.
+        header, placed = _placed(sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize))
+        self._files.append(open(self._directory / name, "wb", buffering=0))  # noqa: SIM115 closed by close()
+        _write_at(self._files[-1], 0, memoryview(header))
+        for tensor in placed:
+            self._placed[tensor.name] = (len(self._files) - 1, tensor)
+            self._left[tensor.name] = tensor.nbytes
+            self._weight_map[tensor.name] = name
 
     def write(self, name: str, array: np.ndarray, offset: int = 0) -> None:
         """The elements of a tensor from ``offset`` on (counted in elements), in its dtype. Raises OSError."""
@@ -214,9 +220,7 @@ class ShardWriter:
         position = tensor.begin + offset * array.dtype.itemsize
         assert position + len(data) <= tensor.end, name
         self._left[name] -= len(data)
-        while data:
-            written = os.pwrite(self._files[number].fileno(), data, position)
-            data, position = data[written:], position + written
+        _write_at(self._files[number], position, data)
 
     def finish(self) -> None:
         """Closes the files and writes the index."""
@@ -232,6 +236,12 @@ class ShardWriter:
     def close(self) -> None:
         for file in self._files:
             file.close()
+
+
+def _write_at(file: Any, position: int, data: memoryview) -> None:
+    while data:  # a nearly full disk takes a part first, and fails with the next
+        written = os.pwrite(file.fileno(), data, position)
+        data, position = data[written:], position + written
 
 
 def _shards(tensors: Iterable[Tensor], max_shard: int) -> list[list[Tensor]]:

@@ -153,12 +153,12 @@ class _Vocabulary:
         """The targets' logits and the log-sum-exp over the whole vocabulary, [B, C] each."""
         place_BC = self.place(targets_BC)
         if not self.axes:
-            return _at(logits_BCV, place_BC), jax.nn.logsumexp(logits_BCV, axis=-1)
-        most_BC = lax.pmax(logits_BCV.max(-1), self.axes)
+            return _at(logits_BCV, place_BC), _logsumexp(logits_BCV)
         inside_BC = (place_BC >= 0) & (place_BC < self.size)
         chosen_BC = jnp.where(inside_BC, _at(logits_BCV, jnp.clip(place_BC, 0, self.size - 1)), 0)
-        total_BC = jnp.exp(logits_BCV - most_BC[..., None]).sum(-1)
-        chosen_BC, total_BC = lax.psum((chosen_BC, total_BC), self.axes)
+        own_BC = _logsumexp(logits_BCV)
+        most_BC = lax.pmax(own_BC, self.axes)
+        chosen_BC, total_BC = lax.psum((chosen_BC, jnp.exp(own_BC - most_BC)), self.axes)
         return chosen_BC, jnp.log(total_BC) + most_BC
 
 
@@ -197,6 +197,26 @@ def _values(hidden_BTD: Array, weight: Array, targets_BT: Array, max_logits: int
 
     inputs = (_chunks(hidden_BTD, length), _chunks(targets_BT, length))
     return _join(lax.scan(chunk, None, inputs)[1], time)
+
+
+def _logsumexp(logits_BCV: Array) -> Array:
+    """log sum exp over the vocabulary. XLA:CPU computes it faster in two passes, XLA:GPU in one (0.62 for 1.01 ms)."""
+    return lax.platform_dependent(
+        logits_BCV, cuda=_one_pass_logsumexp, default=functools.partial(jax.nn.logsumexp, axis=-1)
+    )
+
+
+def _one_pass_logsumexp(logits_BCV: Array) -> Array:
+    """A reduction of pairs (largest so far, sum of exponentials relative to it)."""
+
+    def merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        largest = jnp.maximum(a[0], b[0])
+        return largest, a[1] * jnp.exp(a[0] - largest) + b[1] * jnp.exp(b[0] - largest)
+
+    # Finite, since the difference of two infinities is no number.
+    nothing = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0)
+    largest, total = lax.reduce((logits_BCV, jnp.ones_like(logits_BCV)), nothing, merge, (2,))
+    return largest + jnp.log(total)
 
 
 def _values_and_gradients(

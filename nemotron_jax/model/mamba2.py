@@ -29,6 +29,7 @@ from nemotron_jax.parallel.mesh import shards
 from nemotron_jax.precision.matmul import matmul
 from pallas_kernels import causal_conv1d, ssd
 from pallas_kernels.causal_conv1d import final_state
+from pallas_kernels.packed import side_by_side
 from pallas_kernels.ssd import ssd_step
 
 
@@ -55,7 +56,7 @@ class InProj(nnx.Module):
         leaves = [self.z[...], self.x[...], self.B[...], self.C[...], self.dt[...]]
         if shards("heads") > 1:
             return [matmul(h, leaf, self.precision, seed) for leaf in leaves]
-        fused = matmul(h, jnp.concatenate(leaves, axis=1), self.precision, seed)
+        fused = matmul(h, side_by_side(leaves), self.precision, seed)
         borders = [sum(leaf.shape[1] for leaf in leaves[: i + 1]) for i in range(len(leaves) - 1)]
         return jnp.split(fused, borders, axis=-1)
 
@@ -77,10 +78,10 @@ class Conv1d(nnx.Module):
             self.bias[kind] = scope.param(f"bias/{kind}", (channels,), (axis,), init)
 
     def __call__(self, inputs: list[Array], state_BKW: Array | None, segment_ids: Array | None) -> list[Array]:
-        """silu(conv) of x, B and C [B, T, channels of each]; the state holds the three side by side.
+        """silu(conv) of x, B and C, [B, T, channels] each; the state holds the three side by side.
 
-        Three calls, since what uses the results wants them apart: their gradients would have to be put together first
-        (a copy of all of them) for one call.
+        Three calls, since what uses the results wants them apart: for one call, their gradients would have to be put
+        together first, a copy of all of them.
         """
         kinds = "xBC"
         borders = [sum(z.shape[2] for z in inputs[: i + 1]) for i in range(len(kinds) - 1)]
@@ -173,8 +174,7 @@ class Mamba2(nnx.Module):
         """h [B, T, D] -> (y [B, T, D], new state, {})."""
         config = self.config
         batch, time = h_BTD.shape[:2]
-        z, x, B, C, dt = self.in_proj(h_BTD, ctx.seed)
-        conv_inputs = [x, B, C]
+        z, *conv_inputs, dt = self.in_proj(h_BTD, ctx.seed)
         rows = None if state is None else take_rows(state, ctx.slots)
         x, B, C = self.conv1d(conv_inputs, None if rows is None else rows.conv_BKW, ctx.segment_ids)
         x_BTHP = x.reshape(batch, time, config.num_heads, config.head_dim)

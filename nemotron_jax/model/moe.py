@@ -13,6 +13,7 @@ Shapes: B batch, T time, D model width, L latent (or model) width, F expert widt
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ from nemotron_jax.model.mlp import FeedForward
 from nemotron_jax.parallel.experts import routed
 from nemotron_jax.parallel.local import per_device
 from nemotron_jax.precision.float32 import float32_matmul
-from pallas_kernels import grouped_matmul
+from nemotron_jax.precision.matmul import expert_matmul
+from nemotron_jax.precision.recipe import Precision
 
 
 class Router(nnx.Module):
@@ -91,27 +93,28 @@ class Experts(nnx.Module):
             normal(config.output_init_std),
         )
         self.precision = scope.precision
+        self.num_experts = moe.num_experts
 
     def __call__(self, u_BTL: Array, experts_BTK: Array, weights_BTK: Array) -> Array:
         """sum_k weights[k] down(relu(up(u))^2) of the chosen experts: [B, T, L], [B, T, K] twice -> [B, T, L]."""
-        dtype = self.precision.operands
+        params = (self.up_proj, self.down_proj)
         return routed(
-            functools.partial(_apply, dtype),
+            functools.partial(_apply, self.precision),
             u_BTL,
             experts_BTK,
             weights_BTK,
-            (self.up_proj[...], self.down_proj[...]),
-            (self.up_proj.axes, self.down_proj.axes),
-            self.up_proj.shape[0],
-            dtype,
+            tuple(w[...] for w in params),
+            tuple(w.axes for w in params),
+            self.num_experts,
+            self.precision.operands,
         )
 
 
-def _apply(dtype: str, params: tuple[Array, Array], rows: Array, group_sizes: Array) -> Array:
+def _apply(precision: Precision, params: Any, rows: Array, group_sizes: Array) -> Array:
     """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
-    up_ELF, down_EFL = (w.astype(dtype) for w in params)
-    hidden = grouped_matmul(rows.astype(dtype), up_ELF, group_sizes, activation="relu2")
-    return grouped_matmul(hidden, down_EFL, group_sizes).astype(rows.dtype)
+    up_ELF, down_EFL = params
+    hidden = expert_matmul(rows, up_ELF, group_sizes, precision, activation="relu2")
+    return expert_matmul(hidden, down_EFL, group_sizes, precision).astype(rows.dtype)
 
 
 class MoE(nnx.Module):

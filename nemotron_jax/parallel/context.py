@@ -14,6 +14,7 @@ C channels, V key/value heads, Z parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from jax import Array, lax
 
 from nemotron_jax.parallel.local import index
 from nemotron_jax.parallel.mesh import mesh_axes, shards
-from pallas_kernels import attention
+from pallas_kernels import attention, attention_cudnn, attention_cudnn_parts
+from pallas_kernels.dispatch import choose
 from pallas_kernels.segments import run_ids
 
 
@@ -108,29 +110,83 @@ def _same_document(segment_ids: Array, run: Array, earlier_Z: Array) -> Array:
 def attention_over_parts(q_BTHP: Array, k_BTVP: Array, v_BTVP: Array, segment_ids: Array | None) -> Array:
     """Causal attention of this part's queries [B, T, H, P] to the keys and values of all tokens before them.
 
-    The keys of all parts are put in an order in which this part comes last, which is what `attention` takes; those
-    that come later in time come first then, and belong to no document.
+    The gathered keys and values are not kept for the backward pass, which gathers them again and sums their gradients
+    over the parts, each device keeping its own.
     """
-
-    def attend(q_BTHP: Array, k_BTVP: Array, v_BTVP: Array) -> Array:
-        batch, time = q_BTHP.shape[:2]
-        k_BSVP, v_BSVP = (_own_part_last(z) for z in (k_BTVP, v_BTVP))
-        part_S = jnp.repeat(jnp.arange(shards("time")), time)
-        later_S = _rolled(part_S[None], time) > index("time")
-        if segment_ids is None:
-            run_BS = jnp.zeros((batch, later_S.shape[1]), jnp.int32)
-        else:
-            all_ids = lax.all_gather(segment_ids, mesh_axes("time"), axis=1, tiled=True)
-            run_BS = _rolled(run_ids(all_ids), time)
-        run_BS = jnp.where(later_S, -1, run_BS)
-        return attention(q_BTHP, k_BSVP, v_BSVP, segment_ids=run_BS[:, -time:], kv_segment_ids=run_BS)
-
-    return jax.checkpoint(attend)(q_BTHP, k_BTVP, v_BTVP)
+    unfit = attention_cudnn.unfit(
+        q_BTHP, k_BTVP, v_BTVP, causal=True, packed=segment_ids is not None, own_key_segments=False
+    )
+    if choose("attention", unfit={"cudnn": unfit}) == "cudnn":
+        return _attention_by_cudnn(q_BTHP, k_BTVP, v_BTVP, segment_ids)
+    return jax.checkpoint(_attention_to_all_keys)(q_BTHP, k_BTVP, v_BTVP, segment_ids)
 
 
-def _own_part_last(x_BTVP: Array) -> Array:
-    return _rolled(lax.all_gather(x_BTVP, mesh_axes("time"), axis=1, tiled=True), x_BTVP.shape[1])
+def _all_parts(x_BT: Array) -> Array:
+    return lax.all_gather(x_BT, mesh_axes("time"), axis=1, tiled=True)
 
 
-def _rolled(x_BS: Array, time: int) -> Array:
-    return jnp.roll(x_BS, -(index("time") + 1) * time, axis=1)
+def _attention_to_all_keys(q_BTHP: Array, k_BTVP: Array, v_BTVP: Array, segment_ids: Array | None) -> Array:
+    """The keys of all parts in an order in which this part comes last, which is what `attention` takes.
+
+    Those that come later in time come first then, and belong to no document.
+    """
+    batch, time = q_BTHP.shape[:2]
+
+    def own_last(x_BS: Array) -> Array:
+        return jnp.roll(x_BS, -(index("time") + 1) * time, axis=1)
+
+    k_BSVP, v_BSVP = (own_last(_all_parts(z)) for z in (k_BTVP, v_BTVP))
+    later_S = own_last(jnp.repeat(jnp.arange(shards("time")), time)[None]) > index("time")
+    if segment_ids is None:
+        run_BS = jnp.zeros((batch, later_S.shape[1]), jnp.int32)
+    else:
+        run_BS = own_last(run_ids(_all_parts(segment_ids)))
+    run_BS = jnp.where(later_S, -1, run_BS)
+    return attention(q_BTHP, k_BSVP, v_BSVP, segment_ids=run_BS[:, -time:], kv_segment_ids=run_BS)
+
+
+@jax.custom_vjp
+def _attention_by_cudnn(q_BTHP: Array, k_BTVP: Array, v_BTVP: Array, segment_ids: Array | None) -> Array:
+    return _cudnn_fwd(q_BTHP, k_BTVP, v_BTVP, segment_ids)[0]
+
+
+_Pair = tuple[Array, Array]
+
+
+def _cudnn_operands(
+    q_BTHP: Array, k_BTVP: Array, v_BTVP: Array, segment_ids: Array | None
+) -> tuple[float, Array, _Pair, _Pair, Array | None, attention_cudnn_parts.Reach]:
+    """Of attention_cudnn_parts: scale, queries, own and all keys and values, documents, earlier keys that are seen."""
+    batch, time, _, head_dim = q_BTHP.shape
+    before = jnp.full(batch, index("time") * time, jnp.int32)
+    if segment_ids is None:
+        run, reach = None, attention_cudnn_parts.Reach(jnp.full_like(before, time), jnp.zeros_like(before), before)
+    else:
+        run, run_BS = run_ids(segment_ids), run_ids(_all_parts(segment_ids))
+        first_run = jnp.take_along_axis(run_BS, before[:, None], axis=1)
+        start = (run_BS < first_run).sum(1, dtype=jnp.int32)
+        queries = (run == 0).sum(1, dtype=jnp.int32)
+        reach = attention_cudnn_parts.Reach(queries, start, before - start)
+    earlier = (_all_parts(k_BTVP), _all_parts(v_BTVP))
+    return head_dim**-0.5, q_BTHP, (k_BTVP, v_BTVP), earlier, run, reach
+
+
+def _cudnn_fwd(q_BTHP: Array, k_BTVP: Array, v_BTVP: Array, segment_ids: Array | None) -> tuple[Array, tuple[Any, ...]]:
+    operands = q_BTHP, k_BTVP, v_BTVP, segment_ids
+    results = attention_cudnn_parts.forward(*_cudnn_operands(*operands))
+    return results[0], (operands, results)
+
+
+def _cudnn_bwd(saved: tuple[Any, ...], dout_BTHP: Array) -> tuple[Array, Array, Array, None]:
+    operands, results = saved
+    dq_BTHP, d_own, d_all = attention_cudnn_parts.backward(*_cudnn_operands(*operands), results, dout_BTHP)
+
+    def finished(own_BTVP: Array, all_BSVP: Array) -> Array:
+        others = all_BSVP.astype(jnp.float32)
+        summed = lax.psum_scatter(others, mesh_axes("time"), scatter_dimension=1, tiled=True)
+        return (own_BTVP.astype(jnp.float32) + summed).astype(own_BTVP.dtype)
+
+    return dq_BTHP, finished(d_own[0], d_all[0]), finished(d_own[1], d_all[1]), None
+
+
+_attention_by_cudnn.defvjp(_cudnn_fwd, _cudnn_bwd)

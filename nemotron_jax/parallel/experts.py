@@ -29,6 +29,7 @@ from jax.typing import DTypeLike
 from nemotron_jax.parallel.local import Axes, gathered, per_device
 from nemotron_jax.parallel.mesh import mesh_axes, shards
 from pallas_kernels import permute, unpermute
+from pallas_kernels.packed import Packed
 
 # Rows of a round over the mean. A device's load is the sum over its experts: with the loads of
 # pallas_kernels.grouped_matmul.random_loads, the largest of 64 devices with 8 experts each is 1.35 times the mean.
@@ -43,7 +44,7 @@ def routed(
     u_BTL: Array,
     experts_BTK: Array,
     weights_BTK: Array,
-    params: Sequence[Array],
+    params: Sequence[Array | Packed],
     axes: Sequence[Axes],
     num_experts: int,
     dtype: DTypeLike,
@@ -61,17 +62,21 @@ def routed(
     Returns:
       [B, T, L] in u's dtype.
     """
-    shapes = [w.shape for w in params]
-    travels = shards("experts") > 1 and num_experts % shards("experts") == 0
+    # Packed weights, which are never trained, are whole on each device.
+    packed = any(isinstance(w, Packed) for w in params)
+    travels = not packed and shards("experts") > 1 and num_experts % shards("experts") == 0
     route = functools.partial(_far if travels else _near, apply, num_experts)
+    shapes = [w.shape for w in params]
 
-    def of_device(u_BTL: Array, experts_BTK: Array, weights_BTK: Array, *params: Array) -> Array:
-        whole = tuple(gathered(w, of, shape, dtype) for w, of, shape in zip(params, axes, shapes, strict=True))
+    def of_device(u_BTL: Array, experts_BTK: Array, weights_BTK: Array, *params: Any) -> Array:
+        if not packed:
+            params = tuple(gathered(w, of, shape, dtype) for w, of, shape in zip(params, axes, shapes, strict=True))
         x, experts, weights = (z.reshape(-1, z.shape[-1]) for z in (u_BTL, experts_BTK, weights_BTK))
-        return route(x, experts, weights, whole).reshape(1, *u_BTL.shape)
+        return route(x, experts, weights, params).reshape(1, *u_BTL.shape)
 
     tokens = ("batch", "time", None)
-    run = per_device(of_device, (tokens, tokens, tokens, *axes), ("expert_mlp", *tokens))
+    cut = (None,) * len(params) if packed else axes
+    run = per_device(of_device, (tokens, tokens, tokens, *cut), ("expert_mlp", *tokens), whole=("expert_mlp",) * packed)
     return run(u_BTL, experts_BTK, weights_BTK, *params).sum(0, dtype=u_BTL.dtype)
 
 

@@ -16,17 +16,17 @@ import nemotron_jax
 from nemotron_jax import __main__ as front
 from nemotron_jax.checkpoint import companions
 from nemotron_jax.checkpoint import convert as converting
-from nemotron_jax.checkpoint.convert import Calibration, convert
+from nemotron_jax.checkpoint.convert import Calibration, convert, dry_run
 from nemotron_jax.checkpoint.hf import Table
 from nemotron_jax.checkpoint.hf_directory import HFDirectory
 from nemotron_jax.checkpoint.layer_map import default_layer_map
 from nemotron_jax.checkpoint.modelopt import HF_QUANT_CONFIG, QuantConfig, Scheme, quantize, read_quant_config
-from nemotron_jax.checkpoint.safetensors import INDEX_FILE
+from nemotron_jax.checkpoint.safetensors import DTYPES, INDEX_FILE
 from nemotron_jax.config import same_network
 from nemotron_jax.errors import CheckpointError, UserError
 from nemotron_jax.hf_config import from_hf, to_hf
 from tests.checkpoint import hf_files
-from tests.checkpoint.test_hf_directory import EVEN, SMALL
+from tests.checkpoint.test_hf_directory import EVEN, SMALL, save
 from tests.tiny import TINY
 
 TOKENS = jnp.arange(24).reshape(2, 12) % 64
@@ -55,13 +55,51 @@ def test_there_and_back_is_bit_identical(tmp_path, hf, monkeypatch, block_bytes)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "run"]
 
 
+def test_zeros_of_either_sign_and_subnormals(tmp_path):
+    weights = hf_files.random_weights(SMALL)
+    weights["lm_head.weight"][:] = -0.0
+    weights["backbone.norm_f.weight"][:] = 0.0
+    weights["backbone.layers.0.mixer.D"][:] = [1e-40, -1e-40, -0.0, 3e38]
+    hf = hf_files.write(tmp_path / "hf", SMALL, weights)
+    convert(hf, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back")
+    assert hf_files.read(tmp_path / "back") == hf_files.read(hf)
+
+
+def test_compressed_tensors(tmp_path):
+    """nvfp4-pack-quantized: other names, and the reciprocal of the global scale; read, and passed through."""
+    quant = QuantConfig("NVFP4", exclude=("mtp*", "lm_head"))
+    hf = hf_files.write(tmp_path / "hf", EVEN, quant=quant)
+    arrays = {}
+    for name, (dtype, shape, data) in hf_files.read(hf).items():
+        array = np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+        stem, _, suffix = name.rpartition(".")
+        if suffix in ("weight_scale_2", "input_scale"):
+            suffix = {"weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}[suffix]
+            array = np.float32(1) / array.reshape(1)
+        elif dtype == "U8":
+            suffix = "weight_packed"
+        arrays[f"{stem}.{suffix}"] = array
+    values = to_hf(EVEN) | {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "nvfp4-pack-quantized",
+            "config_groups": {"group_0": {"weights": {"group_size": 16}, "input_activations": {"num_bits": 4}}},
+            "ignore": list(quant.exclude),
+        }
+    }
+    packed = save(tmp_path / "packed", arrays, values)
+    assert np.abs(logits(packed) - logits(hf)).max() < 1e-4
+    convert(packed, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back")
+    assert hf_files.read(tmp_path / "back") == hf_files.read(packed)
+
+
 def test_dtypes_are_kept_one_by_one(tmp_path):
     weights = hf_files.random_weights(SMALL)
     for name in ("backbone.layers.1.mixer.gate.weight", "backbone.layers.0.mixer.A_log"):
         weights[name] = weights[name].astype(np.float32) + np.float32(1e-6)
     weights["backbone.norm_f.weight"] = weights["backbone.norm_f.weight"].astype(np.float16)
-    from tests.checkpoint.test_hf_directory import save
-
     hf = save(tmp_path / "hf", weights)
     convert(hf, tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "back")
@@ -174,6 +212,9 @@ def test_quantised_tensors_pass_through(tmp_path, name):
     for file in ("config.json", HF_QUANT_CONFIG):
         assert json.loads((tmp_path / "back" / file).read_text()) == json.loads((hf / file).read_text())
     np.testing.assert_array_equal(logits(hf), logits(tmp_path / "run"))
+    for path in (hf, tmp_path / "run"):
+        listed = {tensor.name: (tensor.dtype, tensor.shape) for tensor in dry_run(EVEN, path, None)}
+        assert listed == {name: (dtype, shape) for name, (dtype, shape, _) in hf_files.read(hf).items()}
 
 
 @pytest.mark.parametrize("name", QUANTS)
@@ -356,7 +397,7 @@ def test_the_command(tmp_path, hf, capsys):
         (["."], "needs SRC and DST"),
         (["nowhere", "b"], "there is no 'nowhere'"),
         ([".", "b", "--format=fp16"], "--format must be one of bf16, fp8, nvfp4, got 'fp16'"),
-        ([".", "b", "--dry-run=nano"], "takes no SRC, DST or --step"),
+        ([".", "b", "--dry-run=nano"], "takes no SRC, DST, --step or --calibration"),
         (["--dry-run=nanno"], "Did you mean 'nano'"),
         ([".", "b"], "holds no config.json"),
     ],

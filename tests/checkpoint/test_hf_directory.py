@@ -10,6 +10,7 @@ import pytest
 from nemotron_jax.checkpoint.hf import STACKED, canonical
 from nemotron_jax.checkpoint.hf_directory import HFDirectory
 from nemotron_jax.checkpoint.layer_map import default_layer_map
+from nemotron_jax.checkpoint.modelopt import HF_QUANT_CONFIG
 from nemotron_jax.checkpoint.report import is_finite
 from nemotron_jax.checkpoint.safetensors import DTYPES, INDEX_FILE, NAMES, ShardWriter, Tensor
 from nemotron_jax.config import MTPConfig
@@ -210,6 +211,12 @@ def test_a_pattern_that_is_not_that_of_the_tensors(tmp_path, weights):
     assert line == "backbone.layers.3: the tensors are those of dense MLP, config.json says there are 3 layers."
     values = to_hf(dataclasses.replace(SMALL, mtp=MTPConfig("E*")))
     assert len([line for line in faults(save(tmp_path / "c", weights, values)) if line.startswith("mtp.layers")]) >= 2
+    # A quantised file whose config does not say so is of the right kind all the same.
+    quant = default_layer_map(EVEN, "nvfp4")
+    directory = hf_files.write(tmp_path / "d", EVEN, quant=quant, values=to_hf(EVEN))
+    (directory / HF_QUANT_CONFIG).unlink()
+    (directory / "config.json").write_text(json.dumps(to_hf(EVEN)))
+    assert not [line for line in faults(directory) if "the tensors are those of" in line]
 
 
 @pytest.mark.parametrize(
