@@ -15,7 +15,7 @@ from nemotron_jax.config import ModelConfig
 from nemotron_jax.model.context import Context
 from nemotron_jax.model.linear import Linear, Scope
 from nemotron_jax.model.state import KVCache, write_kv
-from nemotron_jax.parallel.context import attention_over_parts
+from nemotron_jax.parallel.context import attention_over_parts, in_parts
 from nemotron_jax.parallel.local import index, per_device
 from nemotron_jax.parallel.mesh import shards
 from pallas_kernels import attention, decode_attention
@@ -70,11 +70,11 @@ class Attention(nnx.Module):
 def _attend(q_BTHP: Array, k_BTHP: Array, v_BTHP: Array, segment_ids: Array | None) -> Array:
     """Causal attention, each device with its rows, query heads and queries."""
     own_heads, whole = _heads_of_a_device(q_BTHP.shape[2], k_BTHP.shape[2])
-    in_parts = shards("time") > 1
+    cut = in_parts(q_BTHP.shape[1])
 
     def attend(q_BTHP: Array, k_BTHP: Array, v_BTHP: Array, segment_ids: Array | None) -> Array:
         k_BTHP, v_BTHP = own_heads(k_BTHP), own_heads(v_BTHP)
-        if in_parts:
+        if cut:
             return attention_over_parts(q_BTHP, k_BTHP, v_BTHP, segment_ids)
         return attention(q_BTHP, k_BTHP, v_BTHP, segment_ids=segment_ids)
 

@@ -23,7 +23,7 @@ from nemotron_jax.config import MambaConfig, ModelConfig
 from nemotron_jax.model.context import Context
 from nemotron_jax.model.linear import Init, Linear, Scope, constant, normal, uniform
 from nemotron_jax.model.state import MambaState, MambaWindow, put_rows, take_rows
-from nemotron_jax.parallel.context import conv_inputs_before, state_before
+from nemotron_jax.parallel.context import conv_inputs_before, in_parts, state_before
 from nemotron_jax.parallel.local import per_device
 from nemotron_jax.parallel.mesh import shards
 from nemotron_jax.precision.matmul import matmul
@@ -87,11 +87,11 @@ class Conv1d(nnx.Module):
         borders = [sum(z.shape[2] for z in inputs[: i + 1]) for i in range(len(kinds) - 1)]
         states = [None] * len(kinds) if state_BKW is None else jnp.split(state_BKW, borders, axis=-1)
         weights = [self.weight[kind] for kind in kinds]
-        in_parts = state_BKW is None and shards("time") > 1
+        cut = state_BKW is None and in_parts(inputs[0].shape[1])
 
         def convolve(segment_ids: Array | None, *operands: Any) -> list[Any]:
             inputs, weights, biases, states = (list(operands[i : i + 3]) for i in range(0, 12, 3))
-            if in_parts:
+            if cut:
                 states = conv_inputs_before(inputs, segment_ids, weights[0].shape[1])
             return [
                 causal_conv1d(z, weight, bias, initial_state=state, segment_ids=segment_ids)
@@ -110,7 +110,7 @@ class Conv1d(nnx.Module):
                 *(("batch", None, axis) for axis in channels),
             ],
             over_time,
-            whole=() if in_parts else ("time",),
+            whole=() if cut else ("time",),
         )
         biases = [self.bias[kind] for kind in kinds]
         return run(segment_ids, *inputs, *(w[...] for w in weights), *(b[...] for b in biases), *states)
@@ -224,7 +224,7 @@ class Mamba2(nnx.Module):
                 self.D[...],
             )
             return y_BHP[:, None], ssm_BHPN
-        in_parts = state is None and shards("time") > 1
+        cut = state is None and in_parts(x_BTHP.shape[1])
 
         def scan(
             x_BTHP: Array,
@@ -236,7 +236,7 @@ class Mamba2(nnx.Module):
             initial_BHPN: Array | None,
             segment_ids: Array | None,
         ) -> tuple[Array, Array | None]:
-            if in_parts:
+            if cut:
                 initial_BHPN = state_before(x_BTHP, dt_BTH, A, B_BTGN, segment_ids)
             y_BTHP, final_BHPN = ssd(
                 x_BTHP,
@@ -258,7 +258,7 @@ class Mamba2(nnx.Module):
             scan,
             (x_axes, x_axes[:3], ("heads",), B_axes, B_axes, ("heads",), state_axes, ("batch", "time")),
             (x_axes, None if state is None else state_axes),
-            whole=(() if in_parts else ("time",)) + _uncut_heads(self.config),
+            whole=(() if cut else ("time",)) + _uncut_heads(self.config),
         )
         initial_BHPN = None if state is None else state.ssm_BHPN
         return run(x_BTHP, dt_BTH, A, B_BTGN, C_BTGN, self.D[...], initial_BHPN, ctx.segment_ids)

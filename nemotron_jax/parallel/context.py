@@ -27,6 +27,17 @@ from pallas_kernels.dispatch import choose
 from pallas_kernels.segments import run_ids
 
 
+def in_parts(time: int) -> bool:
+    """Whether rows of ``time`` tokens are cut: each part then needs something of the others.
+
+    Raises:
+      ValueError: they should be, but cannot be cut into equal parts.
+    """
+    if time % shards("time"):
+        raise ValueError(f"{time} tokens of a row do not divide over {shards('time')} devices")
+    return shards("time") > 1
+
+
 def conv_inputs_before(inputs: Sequence[Array], segment_ids: Array | None, taps: int) -> list[Array]:
     """The ``taps - 1`` inputs before this part; zeros where they are of another document than token 0.
 

@@ -37,9 +37,6 @@ def per_device(
       whole: logical axes to keep on each device as a whole.
 
     A logical axis that its mesh axes do not divide, in one of the operands, is whole on each device.
-
-    Raises:
-      ValueError: the time does not divide: its parts know of each other, so they cannot be whole.
     """
 
     def run(*arrays: Any) -> Any:
@@ -52,9 +49,6 @@ def per_device(
             if axes is not None and array is not None
             for name, size in zip(axes, array.shape, strict=True)
         ]
-        for name, size in sizes:
-            if name == "time" and name not in whole and size % shards(name):
-                raise ValueError(f"{size} tokens of a row do not divide over {shards(name)} devices")
         kept = {name for name, size in sizes if name is not None and size % shards(name)} | set(whole)
 
         alone = tuple(axis for axis, size in mesh.shape.items() if size == 1)

@@ -251,7 +251,9 @@ class Run:
                 where["loss curve"] = self.workdir / "loss.png"
             if self.tokenizer is not None and self.sampler is not None:
                 model = nnx.merge(self.setup.graphdef, self.state.params, self.state.buffers["model"])
-                workdirs.write_atomically(self.workdir / "sample.txt", self.sampler(model, self.tokenizer))
+                with jax.set_mesh(self.setup.mesh):
+                    sample = self.sampler(model, self.tokenizer)
+                workdirs.write_atomically(self.workdir / "sample.txt", sample)
                 where["sample"] = self.workdir / "sample.txt"
         lines = [f"finished {self.step} steps."] + [f"  {name + ':':<12}{path}" for name, path in where.items()]
         if self.tokenizer is not None:

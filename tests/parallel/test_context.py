@@ -181,6 +181,14 @@ def test_attention_by_cudnn(ids, eight, monkeypatch):
     )
 
 
+def test_rows_that_cannot_be_cut(eight):
+    assert not context.in_parts(5)
+    with jax.set_mesh(eight(context=8)):
+        assert context.in_parts(16)
+        with pytest.raises(ValueError, match="5 tokens of a row do not divide over 8 devices"):
+            context.in_parts(5)
+
+
 def test_parts_shorter_than_the_convolution(eight):
     def parts(x):
         return context.conv_inputs_before([x], None, 4)[0]
