@@ -1,6 +1,9 @@
 """Meshes that a model, a batch or a sequence does not fit: the message names the dimension and what would do."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,6 +14,8 @@ from nemotron_jax.parallel.fit import check_batch, check_model
 from nemotron_jax.parallel.mesh import make_mesh
 from nemotron_jax.run_config import ParallelConfig
 from tests.tiny import TINY
+
+ROOT = Path(__file__).parents[2]
 
 
 def mesh(**axes):
@@ -69,3 +74,25 @@ def test_batches_that_do_not_fit(axes, rows, tokens, message):
     with pytest.raises(ConfigError, match=message):
         check_batch(TINY, mesh(**axes), rows=rows, seq_len=tokens, **names)
     check_batch(TINY, mesh(**axes), rows=8, seq_len=32, **names)
+
+
+def test_the_command_says_so_and_exits_2(tmp_path):
+    """Before anything is written, on a machine of 8 devices."""
+
+    def train(*flags):
+        command = [
+            sys.executable,
+            "train.py",
+            "--config=configs/quickstart.py",
+            f"--workdir={tmp_path / 'run'}",
+            *flags,
+        ]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    done = train(
+        "--config.parallel.expert=8", "--config.model.moe.num_experts=12", "--config.train.global_batch_size=8"
+    )
+    assert done.returncode == 2
+    assert "parallel.expert=8 does not divide model.moe.num_experts (12)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
