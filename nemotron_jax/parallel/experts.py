@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from nemotron_jax.parallel.local import Axes, gathered, per_device
@@ -34,6 +35,9 @@ from pallas_kernels.packed import Packed
 # Rows of a round over the mean. A device's load is the sum over its experts: with the loads of
 # pallas_kernels.grouped_matmul.random_loads, the largest of 64 devices with 8 experts each is 1.35 times the mean.
 ROOM = 1.5
+
+# What a layer that is computed again keeps all the same (jax.checkpoint): the rows would travel a third time for it.
+KEPT = "routed"
 
 # (weights, rows [M, L] sorted by expert, rows of each expert) -> [M, L]
 Apply = Callable[[Any, Array, Array], Array]
@@ -77,7 +81,8 @@ def routed(
     tokens = ("batch", "time", None)
     cut = (None,) * len(params) if packed else axes
     run = per_device(of_device, (tokens, tokens, tokens, *cut), ("expert_mlp", *tokens), whole=("expert_mlp",) * packed)
-    return run(u_BTL, experts_BTK, weights_BTK, *params).sum(0, dtype=u_BTL.dtype)
+    y_BTL = run(u_BTL, experts_BTK, weights_BTK, *params).sum(0, dtype=u_BTL.dtype)
+    return checkpoint_name(y_BTL, KEPT) if travels else y_BTL
 
 
 def _near(apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any) -> Array:

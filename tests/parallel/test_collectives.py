@@ -10,7 +10,7 @@ from flax import nnx
 from nemotron_jax.config import MambaConfig
 from nemotron_jax.model import logprobs
 from nemotron_jax.model.context import Context
-from nemotron_jax.model.layer import Layer
+from nemotron_jax.model.layer import REMAT, Layer
 from nemotron_jax.model.linear import Embedding, Scope
 from nemotron_jax.parallel.mesh import batch_sharding, shardings
 from nemotron_jax.precision.recipe import RECIPES
@@ -43,9 +43,10 @@ def of_block(mesh, make, call):
         return collectives(gradients, placed, h)
 
 
-def of_layer(letter, mesh):
+def of_layer(letter, mesh, remat="none"):
     def call(layer, h):
-        return layer(h, Context(segment_ids=jnp.ones((B, T), jnp.int32)), None)[0]
+        run = REMAT[remat](lambda h: layer(h, Context(segment_ids=jnp.ones((B, T), jnp.int32)), None)[0])
+        return run(h)
 
     return of_block(mesh, lambda: Layer(SCOPE, letter, CONFIG), call)
 
@@ -88,10 +89,13 @@ def test_context_gathers_keys_and_values(eight):
     assert elements(found, "reduce-scatter") == [keys // 8, keys // 8]
 
 
-def test_experts_send_rows_and_gradients(eight):
-    found = of_layer("E", eight(expert=8))
+@pytest.mark.parametrize("remat", REMAT)
+def test_experts_send_rows_and_gradients(remat, eight):
+    """There and back; there with the gradients, and back; beside them a plan, weights and their gradients."""
+    found = of_layer("E", eight(expert=8), remat)
     assert kinds(found).keys() == {"all-reduce", "all-to-all"}
     assert 6 <= kinds(found)["all-to-all"] <= 8
+    assert sum(size >= 1000 for size in elements(found, "all-to-all")) == 4, found
 
 
 @pytest.mark.parametrize("letter", "ME*-")
