@@ -2,6 +2,8 @@
 
 python -m nemotron_jax params PRESET_OR_DIR [--seq=8192]
     parameters and training FLOPs a token, as JSON
+python -m nemotron_jax plan PRESET_OR_DIR --mesh=fsdp=8,expert=8 --batch=B --seq=T [--remat=none --interconnect=ib200]
+    memory, traffic and limits of a training step on GPUs that need not be there, as JSON
 python -m nemotron_jax generate --checkpoint=DIR --prompt=TEXT [--tokens=N ...]
     answers a message or continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
 python -m nemotron_jax convert SRC DST [--format=bf16|fp8|nvfp4]
@@ -46,6 +48,36 @@ def params(argv: Sequence[str]) -> int:
 
     counts = count_parameters(config) | {"flops_per_token": flops_per_token(config, flags.seq), "seq": flags.seq}
     print(json.dumps(counts))
+    return 0
+
+
+def plan(argv: Sequence[str]) -> int:
+    """Prints one JSON object: memory of a device, bytes of collectives, milliseconds by resource, what limits."""
+    parser = Parser("python -m nemotron_jax plan", "A training step of H200 GPUs, on paper.")
+    parser.add_argument("model", metavar="PRESET_OR_DIR", nargs="?", help=f"{', '.join(PRESETS)}, or a directory")
+    parser.add_argument("--mesh", type=mesh_axes, metavar="AXIS=N,...", help="such as fsdp=8,expert=8; others are 1")
+    positive = number(int, least=1, name="a positive whole number")
+    parser.add_argument("--batch", type=positive, metavar="B", help="rows of a microbatch, of all devices together")
+    parser.add_argument("--seq", type=positive, metavar="T", help="tokens of a row")
+    parser.add_argument("--precision", type=one_of("bfloat16", "float32"), default="bfloat16", metavar="RECIPE")
+    parser.add_argument("--remat", type=one_of("none", "full"), default="full", help="as config.train.remat")
+    links = "beyond a host: ib200, ib400 (the default), ib800: one port of so many Gb/s a GPU; nvl72: racks of 72"
+    parser.add_argument("--interconnect", default="ib400", metavar="NAME", help=links)
+    flags = parser.parse_args(argv)
+    if not flags.model:
+        raise UserError(f"plan needs a preset ({', '.join(PRESETS)}) or a directory with a config.json.")
+    parser.require(flags, "mesh", "batch", "seq", what="plan")
+    config = model_config(flags.model)
+    from nemotron_jax.model.counts import parts
+    from nemotron_jax.parallel.plan import Plan, Work
+    from nemotron_jax.precision.recipe import RECIPES
+    from pallas_kernels import aot
+
+    recipe = RECIPES[flags.precision]
+    work = Work(flags.batch, flags.seq, 2 if flags.precision == "bfloat16" else 4, flags.remat, flags.interconnect)
+    with aot.compiling_for("h200"):  # what its kernels save
+        made = parts(config, flags.seq, recipe)
+    print(json.dumps(Plan(config, made, ParallelConfig(**{"data": 1, **flags.mesh}), work).report()))
     return 0
 
 
@@ -189,6 +221,8 @@ def bench(argv: Sequence[str]) -> int:
         action="store_true",
         help="train: the whole step of train.py, AdamW on float32 weights, not loss and gradients in bfloat16 alone",
     )
+    parser.add_argument("--cache", default="", metavar="DIR", help="keep compiled programs there, for the next run")
+    parser.add_argument("--compile-only", action="store_true", help="run nothing and take no memory")
     parser.add_argument(
         "--compile-for", type=target, default=("", 1), metavar="GPU[:N]", help="only compile, for h200 or b200"
     )
@@ -200,16 +234,15 @@ def bench(argv: Sequence[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # nothing else runs on these devices
     from nemotron_jax.bench import Workload, run
 
-    settings = {name: getattr(flags, name) for name in ("batch", "seq", "precision", "remat", "optimizer", "documents")}
+    names = "batch seq precision remat optimizer documents steps cache compile_only".split()
+    settings = {name: getattr(flags, name) for name in names}
     name, count = flags.compile_for
-    work = Workload(
-        model, **settings, steps=flags.steps, parallel=ParallelConfig(**flags.mesh), target=name, target_devices=count
-    )
+    work = Workload(model, **settings, parallel=ParallelConfig(**flags.mesh), target=name, target_devices=count)
     print(json.dumps(run(flags.what, work)))
     return 0
 
 
-COMMANDS = {"params": params, "generate": generate, "convert": convert, "bench": bench}
+COMMANDS = {"params": params, "plan": plan, "generate": generate, "convert": convert, "bench": bench}
 FORMATS = ("bf16", "fp8", "nvfp4")
 
 

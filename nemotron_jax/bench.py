@@ -1,8 +1,7 @@
 """How fast a model trains, prefills and decodes: one command, one JSON object (`python -m nemotron_jax bench`).
 
 Weights and tokens are random and made on the devices; the programs are those that training and generation run. A
-step is compiled twice, with an empty compilation cache and with what that left behind, and then runs a number of
-times with the next step always in the queue, so that the device does not wait for Python.
+step runs a number of times with the next one always in the queue, so that the device does not wait for Python.
 
 Shapes: B batch, T time.
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import statistics
 import sys
 import tempfile
@@ -62,6 +62,8 @@ class Workload:
         the whole step of train.py, with float32 weights, clipping and AdamW.
       documents: of a training row, packed and equally long; 1: no segment ids.
       steps: timed ones.
+      cache: a folder that keeps compiled programs, so that the next run finds them; "": an empty one, for this run.
+      compile_only: nothing is run, and no memory taken.
       target: a GPU to compile for that is not there, a key of ``pallas_kernels.aot.TARGETS``: nothing is run.
       target_devices: how many of them.
     """
@@ -75,6 +77,8 @@ class Workload:
     optimizer: bool = False
     documents: int = 1
     steps: int = 20
+    cache: str = ""
+    compile_only: bool = False
     target: str = ""
     target_devices: int = 1
 
@@ -125,7 +129,7 @@ def run(what: str, work: Workload) -> dict[str, Any]:
     _check(work, mesh)
     program = PROGRAMS[what](work, mesh)
     with aot.compiling_for(work.target) if work.target else contextlib.nullcontext():
-        compiled, seconds = _compile(program, mesh, there=not work.target)
+        compiled, seconds = _compile(program, mesh, work)
         plan = compiled.memory_analysis()
         result = {
             "bench": what,
@@ -145,7 +149,7 @@ def run(what: str, work: Workload) -> dict[str, Any]:
         }
     if what == "train":
         result |= {"optimizer": work.optimizer, "remat": work.remat, "documents": work.documents}
-    if not work.target:
+    if not (work.target or work.compile_only):
         result |= _speed(program, *_repeat(program, compiled, work.steps), devices)
     return result
 
@@ -164,23 +168,26 @@ def _say(message: str) -> None:
     print(f"bench: {message}", file=sys.stderr, flush=True)
 
 
-def _compile(program: Program, mesh: Mesh, *, there: bool) -> tuple[Any, dict[str, float]]:
-    """The compiled step, and the seconds of tracing and compiling: with an empty cache, and again with a warm one.
+def _compile(program: Program, mesh: Mesh, work: Workload) -> tuple[Any, dict[str, Any]]:
+    """The compiled step, and the seconds of tracing and of both.
 
-    Devices that are not there cannot read a cache, and jax would put constants on them if they were set.
+    A cache is warm for another process only: Mosaic numbers the kernels of a process, so a second lowering in the
+    same one makes another program. Devices that are not there cannot read a cache, and jax would put constants on
+    them if they were set.
     """
-    seconds = {}
-    with tempfile.TemporaryDirectory() as folder, _cache_in(folder):
-        for name in ("cold", "warm") if there else ("cold",):
-            _say(f"compiling, {name} cache")
-            jax.clear_caches()
-            started = time.perf_counter()
-            with jax.set_mesh(mesh) if there else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                lowered = program.step.lower(*program.shapes)
-            seconds[f"{name}_tracing"] = round(time.perf_counter() - started, 2)
-            compiled = lowered.compile()
-            seconds[name] = round(time.perf_counter() - started, 2)
-            _say(f"{name}: {seconds[name]} s")
+    there = not work.target
+    with contextlib.ExitStack() as stack:
+        folder = work.cache or stack.enter_context(tempfile.TemporaryDirectory())
+        cache = "warm" if os.path.isdir(folder) and os.listdir(folder) else "empty"
+        stack.enter_context(_cache_in(folder))
+        _say(f"compiling, {cache} cache")
+        started = time.perf_counter()
+        with jax.set_mesh(mesh) if there else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = program.step.lower(*program.shapes)
+        tracing = time.perf_counter() - started
+        compiled = lowered.compile()
+        seconds = {"cache": cache, "tracing": round(tracing, 2), "total": round(time.perf_counter() - started, 2)}
+        _say(f"compiled in {seconds['total']} s")
     return compiled, seconds
 
 
@@ -269,10 +276,10 @@ class _Weights:
     mesh: Mesh
 
     def graphdef(self) -> nnx.GraphDef:
-        return split_model(abstract(self.model, recipe(self.work.precision)))[0]
+        return split_model(abstract(self.model, recipe(self.work.precision, self.model)))[0]
 
     def _init(self) -> tuple[nnx.State, nnx.State]:
-        rules = recipe(self.work.precision)
+        rules = recipe(self.work.precision, self.model)
         _, params, buffers = split_model(Nemotron(self.model, rules, jax.random.key(0)))
         flat = [
             (path, leaf.replace(leaf.get_value().astype(rules.activations)) if _is_matrix(path, leaf) else leaf)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemotron_jax.config import PRESETS, ModelConfig
 from nemotron_jax.errors import ConfigError, UserError, did_you_mean
-from nemotron_jax.run_config import GROUPS, MODEL_SECTIONS, ParallelConfig, RunConfig, field_types, from_dict
+from nemotron_jax.run_config import GROUPS, MODEL_SECTIONS, ParallelConfig, Processes, RunConfig, field_types, from_dict
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -145,8 +145,18 @@ def output_file(text: str) -> Path:
     return path
 
 
-def parse_train_flags(argv: Sequence[str], description: str | None = None) -> tuple[RunConfig, Path]:
-    """The run and the working directory that the arguments of train.py name. ``--help`` prints and exits 0.
+def address(text: str) -> str:
+    """An argparse type: ``HOST:PORT``."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise argparse.ArgumentTypeError(f"expected HOST:PORT, such as node1:12345, got {text!r}")
+    return text
+
+
+def parse_train_flags(argv: Sequence[str], description: str | None = None) -> tuple[RunConfig, Path, Processes]:
+    """The run, the working directory and the processes that the arguments of train.py name.
+
+    ``--help`` prints and exits 0.
 
     Raises:
       UserError: unknown or missing flags, values of the wrong type, a config file that does not load, or sizes that do
@@ -156,6 +166,11 @@ def parse_train_flags(argv: Sequence[str], description: str | None = None) -> tu
     parser = Parser("train.py", description, epilog=_keys_help(keys))
     parser.add_argument("--config", metavar="FILE", help="a Python file with get_config(), see configs/")
     parser.add_argument("--workdir", metavar="DIR", help="where the run keeps everything; the same one resumes it")
+    where = "where process 0 listens; with --processes and --process, for many processes without a launcher"
+    parser.add_argument("--coordinator", type=address, metavar="HOST:PORT", help=where)
+    positive, natural = (number(int, least=least, name=f"a whole number from {least}") for least in (1, 0))
+    parser.add_argument("--processes", type=positive, metavar="N", help="how many there are (1: no others)")
+    parser.add_argument("--process", type=natural, metavar="I", help="which of them this is, from 0")
     for key, (kind, _) in keys.items():
         optional: dict[str, Any] = {"nargs": "?", "const": True} if kind is bool else {}
         default = argparse.SUPPRESS
@@ -166,7 +181,8 @@ def parse_train_flags(argv: Sequence[str], description: str | None = None) -> tu
     for key in keys:
         if f"{PREFIX}{key}" in given:
             _set(values, key, getattr(given, f"{PREFIX}{key}"))
-    return from_dict(values), Path(given.workdir).expanduser()
+    processes = Processes(given.coordinator, given.processes, given.process)
+    return from_dict(values), Path(given.workdir).expanduser(), processes
 
 
 def load_config_file(name: str) -> dict[str, Any]:

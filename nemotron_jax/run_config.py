@@ -130,6 +130,15 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class Processes:
+    """How a process of a run finds the others: flags of its own, no part of the config. None: as the launcher says."""
+
+    coordinator: str | None = None  # HOST:PORT, where process 0 listens
+    count: int | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 100
     keep: int = 2  # the newest ones

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,14 @@ def pytest_report_header() -> str:
     return ", ".join(
         f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     )
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port of this host that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture

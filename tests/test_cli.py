@@ -166,7 +166,7 @@ def test_a_config_file_is_read_anew_and_need_not_start_from_base_config(tmp_path
     )
     for name in ("super", "ultra"):  # the same size, within a second: a compiled copy would look current
         file.write_text(source % name)
-        config, _ = cli.parse_train_flags([f"--config={file}", WORKDIR, "--config.train.steps=7"])
+        config, *_ = cli.parse_train_flags([f"--config={file}", WORKDIR, "--config.train.steps=7"])
         assert config.model == preset(name)
         assert config.train.steps == 7
     assert sorted(tmp_path.iterdir()) == [file]
@@ -175,7 +175,7 @@ def test_a_config_file_is_read_anew_and_need_not_start_from_base_config(tmp_path
 def test_a_model_without_a_preset_has_what_is_set_and_no_more(tmp_path: Path):
     (tmp_path / "mine.py").write_text(BASE + "    return config\n")
     flags = [f"--config={tmp_path / 'mine.py'}", WORKDIR, "--config.model.pattern=M*", "--config.model.hidden_size=64"]
-    config, _ = cli.parse_train_flags(flags)
+    config, *_ = cli.parse_train_flags(flags)
     assert (config.model.pattern, config.model.hidden_size, config.model.mtp) == ("M*", 64, None)
 
 

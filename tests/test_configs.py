@@ -18,7 +18,7 @@ OFFICIAL_BATCH = 3072 * 8192  # tokens
 
 
 def parse(name: str, *flags: str) -> RunConfig:
-    config, workdir = parse_train_flags([f"--config={ROOT / 'configs' / name}.py", "--workdir=runs/x", *flags])
+    config, workdir, _ = parse_train_flags([f"--config={ROOT / 'configs' / name}.py", "--workdir=runs/x", *flags])
     assert workdir == Path("runs/x")
     return config
 

@@ -88,7 +88,7 @@ def load(
     path = Path(path).expanduser()
     source = HFDirectory(path) if is_hf(path) else None
     config = source.config if source else run_config(path).model
-    chosen = recipe(precision)
+    chosen = recipe(precision, config)
     graphdef, params, buffers = split_model(abstract(config, chosen))
     template = {"params": params, "buffers": {"model": buffers, "seed": jax.ShapeDtypeStruct((), jnp.uint32)}}
     if mesh is None:

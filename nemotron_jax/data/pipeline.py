@@ -2,8 +2,8 @@
 
 Each data set of the blend (without a blend there is one) becomes an endless stream of packed rows: Grain shuffles the
 rows of each epoch anew and mixes the streams by weight. Global batch b is made of rows b·B to (b+1)·B of the mixture,
-and process p takes the p-th of ``process_count`` equal parts of it. All of this is random access, so the position in
-the data is one number, the next batch's, and means the same for any number of processes.
+and a process takes one of equal parts of it, its share. All of this is random access, so the position in the data is
+one number, the next batch's, and means the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ class Statistics:
         )
 
 
-def load_tokenizer(
-    config: DataConfig, cache_dir: str | os.PathLike[str], *, vocab_size: int, build: bool = True
-) -> Tokenizer | None:
+def load_tokenizer(config: DataConfig, cache_dir: str | os.PathLike[str], *, vocab_size: int) -> Tokenizer | None:
     """The tokenizer that ``data.tokenizer`` names: a tokenizer.json, its directory, or ``bpe:N`` (also for "").
 
     ``bpe:N`` is trained on the text of the run and cached. None where there is nothing to train it on, because all
@@ -73,7 +71,6 @@ def load_tokenizer(
 
     Args:
       vocab_size: the model's.
-      build: whether this process trains a missing BPE; otherwise it waits for another process to.
 
     Raises:
       DataError: no such tokenizer, bad text, or a tokenizer larger than the model's vocabulary.
@@ -98,7 +95,7 @@ def load_tokenizer(
             f"{tokens[0]}: expected data.tokenizer to name the tokenizer that these tokens were made with, since there "
             f"is text to be tokenised beside them; got {spec!r}, which would train another one."
         )
-    return store.cached_bpe(texts, int(size), cache_dir, build=build) if texts else None
+    return store.cached_bpe(texts, int(size), cache_dir) if texts else None
 
 
 def build(
@@ -109,29 +106,29 @@ def build(
     vocab_size: int,
     seed: int,
     cache_dir: str | os.PathLike[str],
-    process_index: int = 0,
-    process_count: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> TrainData:
-    """Reads, tokenises (once: process 0 into ``cache_dir``, the others wait) and splits the data of a run.
+    """Reads, tokenises (once, into ``cache_dir``) and splits the data of a run.
 
     Args:
       tokenizer: of load_tokenizer; None will do where all data are .bin/.idx.
       global_batch_size: rows a step, over all processes.
       vocab_size: the model's.
+      share: (i, n): this process gets the i-th of n equal parts of each batch.
 
     Raises:
-      ConfigError: ``process_count`` does not divide ``global_batch_size``.
+      ConfigError: ``global_batch_size`` is no multiple of n.
       DataError: see sources.documents, megatron.read, blend.read, packing.split and packing.PackedRows; or a token id
         or a tokenizer larger than the model's vocabulary.
     """
-    if global_batch_size % process_count:
+    if global_batch_size % share[1]:
         raise ConfigError(
-            f"train.global_batch_size ({global_batch_size}) must be a multiple of the number of processes "
-            f"({process_count})."
+            f"train.global_batch_size ({global_batch_size}) must be a multiple of the number of processes that share "
+            f"its rows ({share[1]})."
         )
 
     def tokenised(texts: list[TextFile], tokenizer: Tokenizer) -> tuple[TokenStore, About]:
-        return store.cached_tokens(texts, tokenizer, cache_dir, build=process_index == 0)
+        return store.cached_tokens(texts, tokenizer, cache_dir)
 
     sets = []
     for part in _parts(config):
@@ -140,7 +137,7 @@ def build(
     return TrainData(
         config,
         sets,
-        local_batch=_LocalBatch(global_batch_size, process_index, process_count),
+        local_batch=_LocalBatch(global_batch_size, *share),
         vocab_size=vocab_size,
         seed=seed % 2**32,
     )
@@ -271,12 +268,12 @@ class _LocalBatch:
     """The contiguous part of each global batch that belongs to this process."""
 
     global_size: int
-    process_index: int
-    process_count: int
+    share: int
+    shares: int
 
     def __call__(self, row: Callable[[int], Batch], number: int) -> Batch:
-        size = self.global_size // self.process_count
-        first = number * self.global_size + self.process_index * size
+        size = self.global_size // self.shares
+        first = number * self.global_size + self.share * size
         return stack([row(index) for index in range(first, first + size)])
 
 

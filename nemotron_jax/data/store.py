@@ -3,8 +3,7 @@
 The cache holds ``tokens-KEY/`` (data.bin, data.idx, about.json) and ``tokenizer-KEY.json``. KEY is a hash of all that
 the content depends on, so a changed file or tokenizer gives another entry and nothing is ever invalidated. An entry
 appears under its name only when it is whole. Processes of one host that want the same entry wait for the first one
-(file lock, let go by the system when that one is killed); of many hosts, process 0 builds and the others wait for the
-entry to appear.
+(file lock, let go by the system when that one is killed).
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -33,8 +30,6 @@ FORMAT = 1  # part of every KEY: raise it when the same text would be stored dif
 CHUNK_DOCUMENTS = 256  # handed to the tokenizer at once: enough for its threads,
 CHUNK_CHARACTERS = 4_000_000  # and little enough to hold in memory
 BPE_CHARACTERS = 100_000_000  # a vocabulary is learned from at most this much text
-WAIT_SECONDS = 3600.0  # for another process to build an entry
-_POLL_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,21 +84,12 @@ def in_memory(files: Sequence[TextFile], tokenizer: Tokenizer) -> tuple[TokenSto
 
 
 def cached_tokens(
-    files: Sequence[TextFile],
-    tokenizer: Tokenizer,
-    cache_dir: str | os.PathLike[str],
-    *,
-    build: bool = True,
-    wait_seconds: float = WAIT_SECONDS,
+    files: Sequence[TextFile], tokenizer: Tokenizer, cache_dir: str | os.PathLike[str]
 ) -> tuple[TokenStore, About]:
     """The tokens of text files, from the cache, made first where needed.
 
-    Args:
-      build: whether this process makes a missing entry; otherwise it waits for another process to.
-
     Raises:
-      DataError: bad text (see sources.documents), nothing left of it, a cache directory that cannot be written, or no
-        entry after ``wait_seconds``.
+      DataError: bad text (see sources.documents), nothing left of it, or a cache directory that cannot be written.
     """
     entry = Path(cache_dir) / f"tokens-{_key('tokens', files, tokenizer.fingerprint)}"
 
@@ -123,19 +109,12 @@ def cached_tokens(
         about = About(count, tokens, text_bytes, **dataclasses.asdict(skipped))
         (partial / "about.json").write_text(json.dumps(dataclasses.asdict(about)), encoding="utf-8")
 
-    _make_once(entry, make, build, wait_seconds)
+    _make_once(entry, make)
     about = About(**json.loads((entry / "about.json").read_text(encoding="utf-8")))
     return dataclasses.replace(megatron.read(entry / "data"), name=_shown(files)), about
 
 
-def cached_bpe(
-    files: Sequence[TextFile],
-    vocab_size: int,
-    cache_dir: str | os.PathLike[str],
-    *,
-    build: bool = True,
-    wait_seconds: float = WAIT_SECONDS,
-) -> Tokenizer:
+def cached_bpe(files: Sequence[TextFile], vocab_size: int, cache_dir: str | os.PathLike[str]) -> Tokenizer:
     """A BPE trained on (the first BPE_CHARACTERS of) the text, from the cache, made first where needed.
 
     It sees the documents that are later held out: 8,000 merges cannot memorise them.
@@ -150,7 +129,7 @@ def cached_bpe(
             if characters >= BPE_CHARACTERS:
                 return
 
-    _make_once(entry, lambda partial: train_bpe(texts(), vocab_size).save(partial), build, wait_seconds)
+    _make_once(entry, lambda partial: train_bpe(texts(), vocab_size).save(partial))
     return Tokenizer.load(entry)
 
 
@@ -170,11 +149,8 @@ def _identity(file: TextFile) -> list[str | int]:
     return [file.name, hashlib.sha256(file.path.read_bytes()).hexdigest()]
 
 
-def _make_once(entry: Path, make: Callable[[Path], None], build: bool, wait_seconds: float) -> None:
+def _make_once(entry: Path, make: Callable[[Path], None]) -> None:
     if entry.exists():
-        return
-    if not build:
-        _wait_for(entry, wait_seconds)
         return
     partial = entry.with_name(f"{entry.name}.partial")
     try:
@@ -203,22 +179,6 @@ def _locked(path: Path) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(stream, fcntl.LOCK_UN)
-
-
-def _wait_for(entry: Path, seconds: float) -> None:
-    start = time.monotonic()
-    told = False
-    while not entry.exists():
-        waited = time.monotonic() - start
-        if waited > seconds:
-            raise DataError(
-                f"{entry}: waited {seconds:.0f} s for process 0 to write it, in vain. The directory must be on a disk "
-                "that all processes share; if it is, read what process 0 printed."
-            )
-        if waited > 10 and not told:
-            print(f"waiting for process 0 to tokenise the text into {entry}", file=sys.stderr, flush=True)
-            told = True
-        time.sleep(_POLL_SECONDS)
 
 
 def _remove(path: Path) -> None:

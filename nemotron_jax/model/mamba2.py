@@ -50,11 +50,12 @@ class InProj(nnx.Module):
         self.B = leaf("B", group_channels, "groups")
         self.C = leaf("C", group_channels, "groups")
         self.dt = leaf("dt", config.num_heads, "heads")
-        self.precision = scope.precision
+        self.precision = scope.precision(n_in, 2 * config.inner_size + 2 * group_channels + config.num_heads)
 
     def __call__(self, h: Array, seed: Array | None) -> list[Array]:
         leaves = [self.z[...], self.x[...], self.B[...], self.C[...], self.dt[...]]
-        if shards("heads") > 1:
+        # The leaves of a quantised projection are the one tensor they are on disk, whose blocks share an amax.
+        if shards("heads") > 1 and not self.precision.format:
             return [matmul(h, leaf, self.precision, seed) for leaf in leaves]
         fused = matmul(h, side_by_side(leaves), self.precision, seed)
         borders = [sum(leaf.shape[1] for leaf in leaves[: i + 1]) for i in range(len(leaves) - 1)]

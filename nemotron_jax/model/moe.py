@@ -92,10 +92,10 @@ class Experts(nnx.Module):
             ("experts", "expert_mlp", axis),
             normal(config.output_init_std),
         )
-        self.precision = scope.precision
+        self.precision = scope.precision(width, moe.intermediate_size)
         self.num_experts = moe.num_experts
 
-    def __call__(self, u_BTL: Array, experts_BTK: Array, weights_BTK: Array) -> Array:
+    def __call__(self, u_BTL: Array, experts_BTK: Array, weights_BTK: Array, seed: Array | None) -> Array:
         """sum_k weights[k] down(relu(up(u))^2) of the chosen experts: [B, T, L], [B, T, K] twice -> [B, T, L]."""
         params = (self.up_proj, self.down_proj)
         return routed(
@@ -106,15 +106,16 @@ class Experts(nnx.Module):
             tuple(w[...] for w in params),
             tuple(w.axes for w in params),
             self.num_experts,
-            self.precision.operands,
+            "float32" if self.precision.format else self.precision.operands,  # masters are rounded once
+            seed,
         )
 
 
-def _apply(precision: Precision, params: Any, rows: Array, group_sizes: Array) -> Array:
+def _apply(precision: Precision, params: Any, rows: Array, group_sizes: Array, seed: Array | None) -> Array:
     """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
     up_ELF, down_EFL = params
-    hidden = expert_matmul(rows, up_ELF, group_sizes, precision, activation="relu2")
-    return expert_matmul(hidden, down_EFL, group_sizes, precision).astype(rows.dtype)
+    hidden = expert_matmul(rows, up_ELF, group_sizes, precision, seed, activation="relu2")
+    return expert_matmul(hidden, down_EFL, group_sizes, precision, seed).astype(rows.dtype)
 
 
 class MoE(nnx.Module):
@@ -147,7 +148,7 @@ class MoE(nnx.Module):
         batch, time = h_BTD.shape[:2]
         scores_BTE, experts_BTK, weights_BTK = self.gate(h_BTD)
         u_BTL = self.fc1_latent_proj(h_BTD, ctx.seed) if self.config.latent_size else h_BTD
-        y_BTL = self.experts(u_BTL, experts_BTK, weights_BTK)
+        y_BTL = self.experts(u_BTL, experts_BTK, weights_BTK, ctx.seed)
         y_BTD = self.fc2_latent_proj(y_BTL, ctx.seed) if self.config.latent_size else y_BTL
         y_BTD = y_BTD + self.shared_experts(h_BTD, ctx.seed)
 

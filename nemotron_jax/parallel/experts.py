@@ -39,8 +39,8 @@ ROOM = 1.5
 # What a layer that is computed again keeps all the same (jax.checkpoint): the rows would travel a third time for it.
 KEPT = "routed"
 
-# (weights, rows [M, L] sorted by expert, rows of each expert) -> [M, L]
-Apply = Callable[[Any, Array, Array], Array]
+# (weights, rows [M, L] sorted by expert, rows of each expert, seed) -> [M, L]
+Apply = Callable[[Any, Array, Array, Array | None], Array]
 
 
 def routed(
@@ -52,6 +52,7 @@ def routed(
     axes: Sequence[Axes],
     num_experts: int,
     dtype: DTypeLike,
+    seed: Array | None = None,
 ) -> Array:
     """sum_k weights[b, t, k] expert_k(u[b, t]), each device with its tokens and its experts.
 
@@ -61,6 +62,7 @@ def routed(
       experts_BTK, weights_BTK: [B, T, K] int and float32, the chosen experts and what they weigh.
       params: weights of the experts, each [E, ...].
       axes: their logical axes, "experts" first.
+      seed: uint32 scalar, handed to `apply`.
       dtype: in which `apply` uses them, and in which parts of them travel to make them whole.
 
     Returns:
@@ -72,27 +74,29 @@ def routed(
     route = functools.partial(_far if travels else _near, apply, num_experts)
     shapes = [w.shape for w in params]
 
-    def of_device(u_BTL: Array, experts_BTK: Array, weights_BTK: Array, *params: Any) -> Array:
+    def of_device(seed: Array | None, u_BTL: Array, experts_BTK: Array, weights_BTK: Array, *params: Any) -> Array:
         if not packed:
             params = tuple(gathered(w, of, shape, dtype) for w, of, shape in zip(params, axes, shapes, strict=True))
         x, experts, weights = (z.reshape(-1, z.shape[-1]) for z in (u_BTL, experts_BTK, weights_BTK))
-        return route(x, experts, weights, params).reshape(1, *u_BTL.shape)
+        return route(x, experts, weights, params, seed).reshape(1, *u_BTL.shape)
 
     tokens = ("batch", "time", None)
     cut = (None,) * len(params) if packed else axes
-    run = per_device(of_device, (tokens, tokens, tokens, *cut), ("expert_mlp", *tokens), whole=("expert_mlp",) * packed)
-    y_BTL = run(u_BTL, experts_BTK, weights_BTK, *params).sum(0, dtype=u_BTL.dtype)
+    run = per_device(
+        of_device, ((), tokens, tokens, tokens, *cut), ("expert_mlp", *tokens), whole=("expert_mlp",) * packed
+    )
+    y_BTL = run(seed, u_BTL, experts_BTK, weights_BTK, *params).sum(0, dtype=u_BTL.dtype)
     return checkpoint_name(y_BTL, KEPT) if travels else y_BTL
 
 
-def _near(apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any) -> Array:
+def _near(apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any, seed: Any) -> Array:
     """Every expert is here: x [M / K, L], experts and weights [M / K, K] -> [M / K, L]."""
     rows, group_sizes, row_map = permute(x, experts, num_experts)
-    return unpermute(apply(params, rows, group_sizes), row_map, weights)
+    return unpermute(apply(params, rows, group_sizes, seed), row_map, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _far(apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any) -> Array:
+def _far(apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any, seed: Any) -> Array:
     """The same where each device has a part of the experts."""
     rows, counts, row_map = permute(x, experts, num_experts)
     trip = _plan(counts, rows.shape[0])
@@ -100,20 +104,20 @@ def _far(apply: Apply, num_experts: int, x: Array, experts: Array, weights: Arra
     def one_round(i: Array, out: Array) -> Array:
         arrived = _there(trip, i, rows)
         sorted_rows, group_sizes, place = _by_expert(trip, i, arrived)
-        return _back(trip, i, apply(params, sorted_rows, group_sizes)[place], out)
+        return _back(trip, i, apply(params, sorted_rows, group_sizes, seed)[place], out)
 
     out = lax.fori_loop(0, trip.rounds, one_round, jnp.zeros_like(rows))
     return unpermute(out, row_map, weights)
 
 
 def _far_fwd(
-    apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any
+    apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any, seed: Any
 ) -> tuple[Array, tuple[Any, ...]]:
-    return _far(apply, num_experts, x, experts, weights, params), (x, experts, weights, params)
+    return _far(apply, num_experts, x, experts, weights, params, seed), (x, experts, weights, params, seed)
 
 
 def _far_bwd(apply: Apply, num_experts: int, saved: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
-    x, experts, weights, params = saved
+    x, experts, weights, params, seed = saved
     both = jnp.concatenate([x, dy.astype(x.dtype)], axis=1)
     rows, counts, row_map = permute(both, experts, num_experts)
     trip = _plan(counts, rows.shape[0])
@@ -125,7 +129,7 @@ def _far_bwd(apply: Apply, num_experts: int, saved: tuple[Any, ...], dy: Array) 
         sorted_rows, group_sizes, place = _by_expert(trip, i, _there(trip, i, rows))
         w = _sorted_like(place, _there(trip, i, weight_of_row))
         sorted_x, sorted_dy = jnp.split(sorted_rows, 2, axis=1)
-        y, pull = jax.vjp(lambda params, x: apply(params, x, group_sizes), params, sorted_x)
+        y, pull = jax.vjp(lambda params, x: apply(params, x, group_sizes, seed), params, sorted_x)
         dw = (sorted_dy.astype(w.dtype) * y.astype(w.dtype)).sum(1, keepdims=True)
         more, dx = pull((w * sorted_dy).astype(y.dtype))
         d_params = jax.tree.map(lambda total, d: total + d.astype(total.dtype), d_params, more)
@@ -136,7 +140,7 @@ def _far_bwd(apply: Apply, num_experts: int, saved: tuple[Any, ...], dy: Array) 
     dx_of_row, dw_of_row, d_params = lax.fori_loop(0, trip.rounds, one_round, zeros)
     dx = unpermute(dx_of_row, row_map, jnp.ones_like(weights))
     d_params = jax.tree.map(lambda d, w: d.astype(w.dtype), d_params, params)
-    return dx, None, dw_of_row[row_map, 0], d_params
+    return dx, None, dw_of_row[row_map, 0], d_params, None
 
 
 _far.defvjp(_far_fwd, _far_bwd)

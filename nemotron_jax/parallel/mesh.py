@@ -121,6 +121,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["time"]))
 
 
+def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(i, n): the rows of a batch that the devices of a process (this one) hold are the i-th of n equal parts.
+
+    Processes have the same part where an axis that does not divide the rows (context, tensor) goes over several.
+
+    Raises:
+      ConfigError: the rows of the processes overlap without being the same.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
+    held: dict[int, set[int]] = {}  # rows of a batch of one row a shard, by process
+    places = batch_sharding(mesh).devices_indices_map((shards, mesh.shape["context"]))
+    for device, index in places.items():
+        held.setdefault(_process(device), set()).add(index[0].indices(shards)[0])
+    mine = held[jax.process_index() if process is None else process]
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != shards or len({len(rows) for rows in parts}) != 1:
+        raise ConfigError(
+            f"the mesh {describe(mesh)} does not fit {len(held)} processes: context * tensor "
+            f"({mesh.shape['context'] * mesh.shape['tensor']}) and the number of devices of a process "
+            f"({mesh.size // len(held)}) must divide one another."
+        )
+    return parts.index(tuple(sorted(mine))), len(parts)
+
+
+def _process(device: Any) -> int:
+    return device.process_index
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from nemotron_jax.precision.quantized import quantized_expert_matmul, quantized_matmul
 from nemotron_jax.precision.recipe import Precision
 from pallas_kernels import grouped_matmul
+from pallas_kernels.grouped_matmul import ACTIVATIONS
 from pallas_kernels.packed import Packed
 
 
@@ -25,16 +27,23 @@ def matmul(x: Array, w: Array | Packed, precision: Precision, seed: Array | None
       w: weight; cast to the precision's operand dtype here, so master weights stay float32. A packed one is frozen:
         it gets no gradient.
       precision: resolved at construction from the recipe.
-      seed: uint32 scalar of this (step, microbatch, layer), for formats with stochastic rounding; none has it yet.
+      seed: uint32 scalar of this (step, microbatch, layer), for stochastic rounding.
     """
-    del seed
     if isinstance(w, Packed):
         return _packed_matmul(x, w, jnp.dtype(precision.operands))
+    if precision.format:
+        return quantized_matmul(x, w, precision, seed)
     return _matmul(x, w, jnp.dtype(precision.operands))
 
 
 def expert_matmul(
-    x: Array, w: Array | Packed, group_sizes: Array, precision: Precision, *, activation: str | None = None
+    x: Array,
+    w: Array | Packed,
+    group_sizes: Array,
+    precision: Precision,
+    seed: Array | None = None,
+    *,
+    activation: str | None = None,
 ) -> Array:
     """Each group of rows times its expert's weight (pallas_kernels.grouped_matmul): the matmul of the routed experts.
 
@@ -42,11 +51,15 @@ def expert_matmul(
       x: [m, k], rows sorted by expert.
       w: [e, k, n]; a packed one gets no gradient.
       group_sizes: [e] int32.
+      seed: as in `matmul`.
       activation: None or "relu2".
 
     Returns:
-      [m, n] in the precision's operand dtype.
+      [m, n] in the precision's operand dtype; of a quantised precision in x's.
     """
+    if precision.format and not isinstance(w, Packed):
+        product = quantized_expert_matmul(x, w, group_sizes, precision, seed)
+        return ACTIVATIONS[activation](product).astype(x.dtype)
     dtype = jnp.dtype(precision.operands)
     w = w if isinstance(w, Packed) else w.astype(dtype)
     return grouped_matmul(x.astype(dtype), w, group_sizes, activation=activation)

@@ -6,6 +6,8 @@ those of a run that was never killed (same machine, same number of devices).
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,9 +30,10 @@ from nemotron_jax.data.pipeline import TrainData, build, load_tokenizer
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.errors import ConfigError, DataError
 from nemotron_jax.model.counts import count_parameters, flops_per_token
-from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.nemotron import Nemotron, matmul_paths
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.parallel.fit import check_batch, check_model
+from nemotron_jax.parallel.processes import Agreement, in_turn
 from nemotron_jax.run_config import RunConfig, differing_keys, to_dict
 from nemotron_jax.training import workdir as workdirs
 from nemotron_jax.training.metrics import METRICS_FILE, MetricsLog, read_rows
@@ -41,6 +44,7 @@ from nemotron_jax.training.state import TrainSetup, TrainState
 from nemotron_jax.training.step import global_batch, make_train_step, make_validation_step
 
 DONE, DIVERGED, STOPPED = 0, 3, 75
+GATHERED_BYTES = 8e9  # of weights that fit on one device beside its share of the run
 
 # A model and its tokenizer -> what it writes; given by the entry point, since training does not know inference.
 Sampler = Callable[[Nemotron, Tokenizer], str]
@@ -85,8 +89,7 @@ class Run:
         check_mesh(config, mesh)
         self.setup = TrainSetup(config, mesh)
         _ = self.setup.trained  # bad path rules are refused before anything is written
-        with workdirs.claim(workdir, config, write=self.first_process):
-            self.tokenizer, self.data = _open_data(config, workdir)
+        self.tokenizer, self.data = in_turn(self._claim)
         self.token_bytes = _token_bytes(self.tokenizer, config.model.vocab_size)
         self.progress = Progress(config.train.steps, enabled=self.first_process)
         self.store = CheckpointStore(
@@ -101,6 +104,11 @@ class Run:
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self.train_step = make_train_step(self.setup)
         self.validation_step = make_validation_step(self.setup)
+        self.agree = Agreement(mesh)
+
+    def _claim(self) -> tuple[Tokenizer | None, TrainData]:
+        with workdirs.claim(self.workdir, self.config, write=self.first_process):
+            return _open_data(self.config, self.workdir, self.setup.mesh)
 
     @property
     def step(self) -> int:
@@ -122,8 +130,8 @@ class Run:
         skipped = jnp.int32(0)  # of the step before: looked at while the next one runs
         with jax.set_mesh(self.setup.mesh):
             for step in range(start + 1, steps + 1):
-                if stop.name:
-                    return self._stopped(step - 1, stop.name)
+                if number := self.agree(stop.number):
+                    return self._stopped(step - 1, signal.Signals(number).name)
                 waiting = time.perf_counter()
                 batch = next(self.batches)
                 timer = _Timer(timer.step, timer.start, timer.waited + time.perf_counter() - waiting)
@@ -243,16 +251,18 @@ class Run:
 
     def _finish(self) -> int:
         self.store.wait()
+        sampled = self._model_to_sample()
         if not self.first_process:
             return DONE
         where = {"checkpoint": self.workdir / CHECKPOINTS / str(self.step)}
         with workdirs.writing(self.workdir):
             if loss_png(read_rows(self.workdir / METRICS_FILE), self.workdir / "loss.png"):
                 where["loss curve"] = self.workdir / "loss.png"
-            if self.tokenizer is not None and self.sampler is not None:
-                model = nnx.merge(self.setup.graphdef, self.state.params, self.state.buffers["model"])
-                with jax.set_mesh(self.setup.mesh):
-                    sample = self.sampler(model, self.tokenizer)
+            if self.tokenizer is not None and self.sampler is not None and sampled is not None:
+                # Many processes sample alone, on a device of each.
+                alone = jax.process_count() > 1
+                with contextlib.nullcontext() if alone else jax.set_mesh(self.setup.mesh):
+                    sample = self.sampler(sampled, self.tokenizer)
                 workdirs.write_atomically(self.workdir / "sample.txt", sample)
                 where["sample"] = self.workdir / "sample.txt"
         lines = [f"finished {self.step} steps."] + [f"  {name + ':':<12}{path}" for name, path in where.items()]
@@ -263,6 +273,16 @@ class Run:
             )
         self.progress.message("\n".join(lines))
         return DONE
+
+    def _model_to_sample(self) -> Nemotron | None:
+        """The model as one process can run it alone: where there are many, gathered on a device of each, if small."""
+        variables = (self.state.params, self.state.buffers["model"])
+        if jax.process_count() > 1:
+            if sum(leaf.nbytes for leaf in jax.tree.leaves(variables)) > GATHERED_BYTES:
+                return None
+            whole = jax.jit(lambda leaves: leaves, out_shardings=meshes.replicated(self.setup.mesh))(variables)
+            variables = jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+        return nnx.merge(self.setup.graphdef, *variables)
 
     # The start
 
@@ -308,13 +328,12 @@ def check_mesh(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def _open_data(config: RunConfig, workdir: Path) -> tuple[Tokenizer | None, TrainData]:
+def _open_data(config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh) -> tuple[Tokenizer | None, TrainData]:
     """The tokenizer (kept in the workdir, where evaluation finds it) and the data."""
     cache = workdir / workdirs.DATA_CACHE
-    first_process = jax.process_index() == 0
     vocab = config.model.vocab_size
-    tokenizer = load_tokenizer(config.data, cache, vocab_size=vocab, build=first_process)
-    if tokenizer is not None and first_process:
+    tokenizer = load_tokenizer(config.data, cache, vocab_size=vocab)
+    if tokenizer is not None and jax.process_index() == 0:
         _keep_tokenizer(tokenizer, workdir)
     if config.checkpoint.init_from:
         _check_source(config, tokenizer, Path(config.checkpoint.init_from).expanduser())
@@ -325,8 +344,7 @@ def _open_data(config: RunConfig, workdir: Path) -> tuple[Tokenizer | None, Trai
         vocab_size=vocab,
         seed=config.train.seed,
         cache_dir=cache,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        share=meshes.batch_share(mesh),
     )
     return tokenizer, data
 
@@ -368,19 +386,18 @@ def _check_source(config: RunConfig, tokenizer: Tokenizer | None, source: Path) 
         )
 
 
-def _token_bytes(tokenizer: Tokenizer | None, vocab_size: int) -> Array:
+def _token_bytes(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
     """[V] float32: UTF-8 bytes of each token; zeros where they are not known."""
     sizes = np.zeros(vocab_size, np.float32)
     if tokenizer is not None:
         sizes[: tokenizer.vocab_size] = tokenizer.token_bytes
-    return jnp.asarray(sizes)
+    return sizes
 
 
 def _precision_table(setup: TrainSetup) -> dict[str, str]:
     recipe = setup.recipe
     table = {"residual stream": recipe.activations, "weights, optimizer, router, SSM state": "float32"}
-    table |= {f"matmuls {pattern}": precision.operands for pattern, precision in recipe.rules}
-    return table
+    return table | recipe.describe(matmul_paths(setup.config.model))
 
 
 def _shown(path: Path) -> str:

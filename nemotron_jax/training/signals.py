@@ -8,12 +8,12 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT sets ``name``; a second one of SIGINT interrupts at once."""
+    """While entered, the first SIGTERM or SIGINT sets ``number`` (else 0); a second SIGINT interrupts at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.name = ""
+        self.number = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -26,6 +26,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _request(self, number: int, _: FrameType | None) -> None:
-        if self.name and number == signal.SIGINT:
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self.number = number

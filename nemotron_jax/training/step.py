@@ -116,8 +116,11 @@ def _expert_load(counts: Metrics) -> Metrics:
     return {"max_vio": load[:, 1].max(), "expert_load": load}
 
 
-def make_validation_step(setup: TrainSetup) -> Callable[[TrainState, Batch, Array], dict[str, Array]]:
-    """The jitted evaluation of one batch: sums of weighted nll, of loss weights, and of the bytes they stand for."""
+def make_validation_step(setup: TrainSetup) -> Callable[[TrainState, Batch, Any], dict[str, Array]]:
+    """The jitted evaluation of one batch: sums of weighted nll, of loss weights, and of the bytes they stand for.
+
+    The third argument is float32 [V], the bytes of each token: the same in every process.
+    """
     shardings = setup.state_shardings()
 
     def validate(state: TrainState, batch: Batch, token_bytes: Array) -> dict[str, Array]:
@@ -131,14 +134,22 @@ def make_validation_step(setup: TrainSetup) -> Callable[[TrainState, Batch, Arra
             "bytes": (batch.loss_weights * token_bytes[batch.targets]).sum(),
         }
 
-    return jax.jit(validate, in_shardings=(shardings, meshes.batch_sharding(setup.mesh), None))
+    whole = meshes.replicated(setup.mesh)
+    return jax.jit(validate, in_shardings=(shardings, meshes.batch_sharding(setup.mesh), whole), out_shardings=whole)
 
 
 def global_batch(setup: TrainSetup, batch: Batch) -> Batch:
-    """This process's rows of a batch as arrays over all devices."""
+    """This process's rows of a batch (``meshes.batch_share``) as arrays over all devices."""
     sharding = meshes.batch_sharding(setup.mesh)
+    share, shares = meshes.batch_share(setup.mesh)
 
     def place(rows: Any) -> Array:
-        return jax.make_array_from_process_local_data(sharding, rows)
+        count, columns = rows.shape
+
+        def part(index: Any) -> Any:
+            first, last, _ = index[0].indices(count * shares)
+            return rows[first - share * count : last - share * count, index[1]]
+
+        return jax.make_array_from_callback((count * shares, columns), sharding, part)
 
     return jax.tree.map(place, batch)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from nemotron_jax.checkpoint.load import CONFIG_FILE, TOKENIZER_FILE
 from nemotron_jax.checkpoint.store import read_json
 from nemotron_jax.errors import CheckpointError, ConfigError
@@ -22,19 +24,25 @@ DATA_CACHE = "data"  # tokens and tokenizer of the run
 def claim(workdir: Path, config: RunConfig, *, write: bool) -> Iterator[None]:
     """Makes the directory, or checks that the run in it is this one; config.json is written at the end of the block.
 
-    ``log.*`` and ``checkpoint.*`` may change between the parts of a run, and ``train.steps`` may grow. The block does
-    what may still be refused: where it fails, a directory that was new is left as it was found.
+    ``log.*``, ``checkpoint.*`` and ``parallel.*`` may change between the parts of a run, and ``train.steps`` may grow.
+    The block does what may still be refused: where it fails, a directory that was new is left as it was found.
 
     Args:
       write: whether this process writes (process 0 of a run).
 
     Raises:
       CheckpointError: the directory cannot be written to.
-      ConfigError: the directory holds a run with another config; the message lists the keys.
+      ConfigError: the directory holds a run with another config (the message lists the keys), or is on another disk
+        than that of process 0.
     """
     values = json.loads(json.dumps(to_dict(config)))
     file = workdir / CONFIG_FILE
     known = file.exists()
+    if not write and not known:  # process 0, whose turn was before, has written it
+        raise ConfigError(
+            f"--workdir={workdir}: what process 0 has written there is not to be seen from process "
+            f"{jax.process_index()}: it must be on a disk that all processes share."
+        )
     if known:
         _compare(workdir, read_json(file, "the config of a training run"), values)
     existed = workdir.is_dir()
@@ -74,14 +82,15 @@ def writing(workdir: Path) -> Iterator[None]:
 
 def _compare(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     old_steps = old.get("train", {}).get("steps", 0)
-    lines = [line for line in differing_keys(old, new) if not line.startswith(("log.", "checkpoint."))]
+    lines = [line for line in differing_keys(old, new) if not line.startswith(("log.", "checkpoint.", "parallel."))]
     if new["train"]["steps"] > old_steps:
         lines = [line for line in lines if not line.startswith("train.steps:")]
     if lines:
         raise ConfigError(
             f"--workdir={workdir} holds a run with another config; these keys differ (old -> new):\n  "
             + "\n  ".join(lines)
-            + "\nUse the old values, or a new --workdir. Only log.*, checkpoint.* and a longer train.steps may change."
+            + "\nUse the old values, or a new --workdir. "
+            "Only log.*, checkpoint.*, parallel.* and a longer train.steps may change."
         )
 
 

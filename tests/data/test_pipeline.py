@@ -25,7 +25,7 @@ def make(documents_of, tmp_path):
     """make(...) -> TrainData of 100 documents, numbered from 1, without text or tokenizer."""
     prefix = documents_of("numbered", numbered(1, 100))
 
-    def build(process_index=0, process_count=1, seed=0, vocab_size=1000, global_batch_size=BATCH, **config):
+    def build(share=(0, 1), seed=0, vocab_size=1000, global_batch_size=BATCH, **config):
         return data.build(
             DataConfig(**({"files": prefix, "seq_len": SEQ_LEN, "validation_fraction": 0.1} | config)),
             None,
@@ -33,8 +33,7 @@ def make(documents_of, tmp_path):
             vocab_size=vocab_size,
             seed=seed,
             cache_dir=tmp_path / "cache",
-            process_index=process_index,
-            process_count=process_count,
+            share=share,
         )
 
     return build
@@ -93,7 +92,7 @@ def test_rows_of_an_epoch_are_shuffled_and_come_once(make):
 @pytest.mark.parametrize("process_count", [2, 4, 8])
 def test_the_order_does_not_depend_on_the_number_of_processes(make, process_count):
     whole = make()
-    parts = [make(index, process_count) for index in range(process_count)]
+    parts = [make((index, process_count)) for index in range(process_count)]
     assert len({made.fingerprint for made in (whole, *parts)}) == 1
     count = 2 * rows_an_epoch(whole) // BATCH  # over an epoch's end
     iterators = [made.train_iterator() for made in parts]
@@ -117,7 +116,7 @@ def test_resume_is_exact_and_for_any_number_of_processes(make):
         take(resumed, 5)  # what it has read and prefetched by then does not matter
         resumed.set_state(state)
         assert all(map(same, take(resumed, steps - stop), expected[stop:]))
-        second = make(1, 2).train_iterator()
+        second = make((1, 2)).train_iterator()
         second.set_state(state)
         assert np.array_equal(next(second).tokens, expected[stop].tokens[BATCH // 2 :])
 
@@ -185,7 +184,7 @@ def test_blend_draws_by_weight(make, documents_of, tmp_path):
     assert windows.max() <= 11
     assert seen(batches) & seen(made.validation_batches(1000)) == set()
     assert {number > 200 for number in seen(made.validation_batches(1000))} == {False, True}
-    halves = [make(index, 2, blend=blend).train_iterator() for index in range(2)]
+    halves = [make((index, 2), blend=blend).train_iterator() for index in range(2)]
     for batch, *others in zip(batches[:20], *halves, strict=False):
         assert same(batch, jax.tree.map(lambda *arrays: np.concatenate(arrays), *others))
     resumed = make(blend=blend).train_iterator()
@@ -224,22 +223,6 @@ def test_text_from_nothing_to_batches(tmp_path):
     assert data.build(named, loaded, **sizes).fingerprint == made.fingerprint
 
 
-def test_only_process_0_tokenises(tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("the cat sat on the mat and the dog sat on the cat")
-    config = DataConfig(files=f"{tmp_path}/a.txt", seq_len=8, validation_fraction=0.0)
-    cached_tokens, told = data.store.cached_tokens, []
-
-    def noted(*arguments, build):
-        told.append(build)
-        return cached_tokens(*arguments)
-
-    monkeypatch.setattr(data.store, "cached_tokens", noted)
-    sizes = {"global_batch_size": 3, "vocab_size": 300, "seed": 0, "cache_dir": tmp_path / "cache"}
-    for index in range(3):
-        data.build(config, tokenizer, process_index=index, process_count=3, **sizes)
-    assert told == [True, False, False]
-
-
 def test_evaluation_sees_every_token_once(tokenizer, tmp_path):
     texts = ["the cat sat", "é", "on the mat and the dog sat " * 5]
     for number, text in enumerate(texts):
@@ -262,8 +245,8 @@ def test_evaluation_of_tokens(make):
 
 
 def test_batch_that_processes_cannot_share(make):
-    with pytest.raises(ConfigError, match=r"global_batch_size \(8\) must be a multiple of .* processes \(3\)"):
-        make(0, 3)
+    with pytest.raises(ConfigError, match=r"global_batch_size \(8\) must be a multiple of .* share its rows \(3\)"):
+        make((0, 3))
 
 
 def test_tokens_beyond_the_vocabulary(make, documents_of):

@@ -86,22 +86,6 @@ def test_a_killed_build_leaves_nothing_in_the_way(files, tokenizer, tmp_path, mo
     assert sorted(path.name for path in cache.iterdir()) == [".lock", name]
 
 
-def test_others_wait_for_process_0(files, tokenizer, tmp_path):
-    cache = tmp_path / "cache"
-    with pytest.raises(DataError, match=r"waited 0 s for process 0 .*on a disk that all processes share"):
-        store.cached_tokens(files, tokenizer, cache, build=False, wait_seconds=0.3)
-    found = []
-    other = threading.Thread(
-        target=lambda: found.append(store.cached_tokens(files, tokenizer, cache, build=False, wait_seconds=30))
-    )
-    other.start()
-    time.sleep(0.3)
-    tokens, about = store.cached_tokens(files, tokenizer, cache)
-    other.join()
-    assert contents(found[0][0]) == contents(tokens)
-    assert found[0][1] == about
-
-
 def test_two_builders_take_turns(files, tokenizer, tmp_path, monkeypatch):
     built = []
     tokenize = store.tokenize

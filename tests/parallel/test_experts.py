@@ -16,7 +16,7 @@ E, K, L, F = 16, 3, 12, 10
 AXES = (("experts", "latent", "expert_mlp"), ("experts", "expert_mlp", "latent"))
 
 
-def apply(params, rows, sizes):
+def apply(params, rows, sizes, seed):
     up, down = params
     return grouped_matmul(grouped_matmul(rows, up, sizes, activation="relu2"), down, sizes)
 
@@ -118,5 +118,5 @@ def test_weights_cut_by_fsdp_travel_in_the_dtype_of_their_use(eight):
     assert len(re.findall(r"reduce_scatter.*?-> tensor<[\dx]+xf32>", text, re.DOTALL)) == 2
 
 
-def _apply_bfloat16(params, rows, sizes):
-    return apply(params, rows.astype(jnp.bfloat16), sizes).astype(rows.dtype)
+def _apply_bfloat16(params, rows, sizes, seed):
+    return apply(params, rows.astype(jnp.bfloat16), sizes, seed).astype(rows.dtype)

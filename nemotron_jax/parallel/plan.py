@@ -1,0 +1,380 @@
+"""A training step on paper: memory of a device, bytes that travel, time of each block and what limits it.
+
+Nothing is compiled, and no device is asked: shapes and the sharding table say what each device holds, and what it
+holds says what has to travel.
+
+    weights     float32 masters and two moments, cut as the sharding table says; gathered in the operands' dtype along
+                `fsdp` for each use, their gradients summed over all devices that see other tokens, and cut again
+    experts     rows travel along `expert` at the width of the experts' input (the latent one, where there is one):
+                there and back in the forward pass, three widths in the backward pass (parallel/experts.py)
+    tensor      the partial sums of each block's last matmul, and of its input's gradient
+    context     keys and values of attention, one state a row of Mamba-2 (parallel/context.py)
+
+Peaks are those that makers publish, so times are lower bounds, and shares of them say more than their sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import AbstractMesh, AxisType
+
+from nemotron_jax.config import ModelConfig
+from nemotron_jax.errors import ConfigError, did_you_mean
+from nemotron_jax.parallel.mesh import AXES, RULES, spec
+from nemotron_jax.run_config import ParallelConfig
+
+# One H200 (NVIDIA's data sheet): dense bfloat16 FLOP/s, bytes/s and bytes of its memory, bytes/s of NVLink one way.
+PEAK_FLOPS, HBM_SPEED, HBM_BYTES, NVLINK = 989.4e12, 4.8e12, 141e9, 450e9
+FLOAT32_SLOWDOWN = 8  # of matmuls whose operands are float32, without TF32: an order of magnitude, published nowhere
+
+HOST = 8  # GPUs that NVLink connects
+
+
+@dataclass(frozen=True)
+class Interconnect:
+    """Bytes/s of one GPU, one way, to GPUs outside of its NVLink domain, and how many GPUs the domain holds."""
+
+    network: float
+    domain: int = HOST
+
+
+INTERCONNECTS = {
+    "ib200": Interconnect(25e9),  # one 200 Gb/s port a GPU
+    "ib400": Interconnect(50e9),  # one 400 Gb/s port a GPU: DGX H100 and H200
+    "ib800": Interconnect(100e9),
+    "nvl72": Interconnect(50e9, domain=72),
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a block leaves for its backward pass, bytes a token and bytes.
+
+    Attributes:
+      wide: arrays of the model's or the latent width: whole on each device of `tensor`.
+      inner: arrays over heads or feed-forward channels: cut by `tensor`.
+      rows: arrays with a row for each chosen expert of a token.
+      copies: of weights, in the dtype of the operands.
+    """
+
+    wide: float = 0.0
+    inner: float = 0.0
+    rows: float = 0.0
+    copies: float = 0.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model: all its layers of one kind, the embeddings, the head.
+
+    Attributes:
+      name: "M", "*", "E", "-", "embeddings", "head"; with "mtp " in front for those of the MTP module.
+      stored: how many there are, each with ``tensors``.
+      runs: how often a token goes through each in the forward pass.
+      tensors: {path: (shape, logical axes)} of one.
+      flops: of one forward pass, a token.
+      saved: of one run.
+    """
+
+    name: str
+    stored: int
+    runs: int
+    tensors: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
+    flops: float
+    saved: Saved = Saved()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is planned. ``batch``: rows of a microbatch on all devices together; ``operands``: bytes of a number."""
+
+    batch: int
+    seq: int
+    operands: int = 2
+    remat: str = "full"
+    interconnect: str = "ib400"
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Devices of one or more mesh axes that exchange something: how many, and how many of them share an NVLink."""
+
+    size: int
+    near: int
+
+    def gather(self, whole: float) -> tuple[float, float]:
+        """(NVLink, network) bytes into a device that gathers ``whole``; a reduce-scatter of it costs as much.
+
+        What comes from other hosts comes once a host, through the ports of all its devices, and goes on over NVLink.
+        """
+        if self.size == 1:
+            return 0.0, 0.0
+        hosts = self.size / self.near
+        return whole * (self.size - 1) / self.size, whole * (hosts - 1) / hosts / self.near
+
+    def exchange(self, sent: float) -> tuple[float, float]:
+        """(NVLink, network) bytes out of a device in an all-to-all of ``sent``: each device gets an equal part."""
+        return sent * (self.near - 1) / self.size, sent * (self.size - self.near) / self.size
+
+
+class Plan:
+    """The numbers of one model on one mesh."""
+
+    def __init__(self, model: ModelConfig, parts: Sequence[Part], parallel: ParallelConfig, work: Work) -> None:
+        self.model, self.parts, self.work = model, parts, work
+        self.sizes = {axis: getattr(parallel, axis) for axis in AXES}
+        if -1 in self.sizes.values():
+            raise ConfigError("plan counts no devices: give each axis of --mesh its size (those not named are 1).")
+        self.mesh = AbstractMesh(tuple(self.sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        if work.interconnect not in INTERCONNECTS:
+            hint = did_you_mean(work.interconnect, INTERCONNECTS)
+            raise ConfigError(
+                f"--interconnect must be one of {', '.join(INTERCONNECTS)}, got {work.interconnect!r}.{hint}"
+            )
+        self.domain = INTERCONNECTS[work.interconnect].domain
+        self.rows = self._divide("--batch", work.batch, "batch")
+        self.time = self._divide("--seq", work.seq, "time")
+        self.tokens = self.rows * self.time  # of a device
+
+    def _divide(self, flag: str, size: int, name: str) -> int:
+        axes = _axes(name)
+        count = math.prod(self.sizes[axis] for axis in axes)
+        if size % count:
+            raise ConfigError(f"{flag}={size} does not divide over the {count} devices of {', '.join(axes)}.")
+        return size // count
+
+    # Who holds what
+
+    def _cut(self, shape: Sequence[int], axes: Sequence[str]) -> dict[str, int]:
+        """{mesh axis: its size} of those that cut a weight."""
+        parts = spec(shape, axes, self.mesh)  # type: ignore[arg-type]
+        used = [axis for names in parts for axis in ((names,) if isinstance(names, str) else names or ())]
+        return {axis: self.sizes[axis] for axis in used if self.sizes[axis] > 1}
+
+    def _elements(self, part: Part, *, without: str = "") -> float:
+        """Of a device, in one of the part's weights; ``without`` an axis: as if it cut nothing."""
+        total = 0.0
+        for shape, axes in part.tensors.values():
+            cut = self._cut(shape, axes)
+            total += math.prod(shape) / math.prod(size for axis, size in cut.items() if axis != without)
+        return total
+
+    def _group(self, axes: Sequence[str]) -> _Axis:
+        """The devices that these axes connect. A mesh is laid out with its last axis within a host first."""
+        size = near = stride = 1
+        for axis in reversed(AXES):
+            if axis in axes:
+                size *= self.sizes[axis]
+                near *= max(1, min(self.sizes[axis], self.domain // stride))
+            stride *= self.sizes[axis]
+        return _Axis(size, min(near, size))
+
+    # Memory
+
+    def memory(self) -> dict[str, float]:
+        """Bytes of a device: what stays between steps, and the most that a step adds."""
+        held = sum(part.stored * self._elements(part) for part in self.parts)
+        activations, gradients = self._peak()
+        memory = {
+            "parameters": 4 * held,
+            "optimizer": 8 * held,
+            "gradients": gradients,
+            "activations": activations,
+        }
+        return memory | {"total": sum(memory.values())}
+
+    def _peak(self) -> tuple[float, float]:
+        """(activations, gradients) when their sum is largest, over the forward and the backward pass.
+
+        The backward pass gives up what was kept and makes gradients. The head does so in the forward pass.
+        """
+        order = self._order()
+        kept, most = 0.0, (0.0, 0.0)
+        for part in order:
+            if part.name == "head":
+                most = max(most, (kept + self._head(), 0.0), key=sum)
+            kept += self._kept(part)
+        gradients, made = 0.0, set()
+        for part in reversed(order):
+            kept -= self._kept(part)
+            if part.stored > 1 or part.name not in made:
+                gradients += self._gradient(part)
+                made.add(part.name)
+            if part.name != "head":
+                most = max(most, (kept + self._kept(part) + self._at_work(part), gradients), key=sum)
+        return most
+
+    def _order(self) -> list[Part]:
+        """One part for each run of each layer, as in a forward pass."""
+        named = {part.name: part for part in self.parts}
+        names = ["embeddings", *self.model.pattern, "head"]
+        if self.model.mtp is not None:
+            depth = ["embeddings", "mtp eh_proj", *(f"mtp {letter}" for letter in self.model.mtp.pattern), "head"]
+            names += depth * self.model.mtp.depth
+        return [named[name] for name in names]
+
+    def _gradient(self, part: Part) -> float:
+        """Bytes of one layer's gradients: float32; of experts that are whole here, in the dtype of the operands."""
+        total = 0.0
+        for path, (shape, axes) in part.tensors.items():
+            cut = self._cut(shape, axes)
+            size = self.work.operands if "/experts/" in path and "fsdp" not in cut else 4
+            total += size * math.prod(shape) / math.prod(cut.values())
+        return total
+
+    def _saved(self, part: Part) -> float:
+        """Bytes that one run of a layer leaves, were nothing recomputed."""
+        saved, tensor, experts = part.saved, self.sizes["tensor"], self.sizes["expert"]
+        rows = saved.rows if experts == 1 else 0.0  # they are sent once more instead (parallel/experts.py)
+        return self.tokens * (saved.wide + (saved.inner + rows) / tensor) + saved.copies / tensor / experts
+
+    def _kept(self, part: Part) -> float:
+        """Bytes that one run leaves until its backward pass."""
+        wide = self.tokens * self.model.hidden_size * self.work.operands
+        if part.name == "head":  # its gradients are made at once
+            return 4 * self._elements(part) + wide
+        if part.name in ("embeddings", "mtp eh_proj"):
+            return wide if part.name == "embeddings" else 3 * wide
+        return wide if self.work.remat == "full" else self._saved(part)
+
+    def _at_work(self, part: Part) -> float:
+        """Bytes that the backward pass of one run needs beside what was kept."""
+        again = max(0.0, self._saved(part) - self._kept(part))
+        tensor = self.sizes["tensor"]
+        own = self.tokens * (part.saved.wide + part.saved.inner / tensor)
+        rows = self.tokens * part.saved.rows / tensor * (TRAVELLING if self.sizes["expert"] > 1 else WORKING)
+        return self._gathered(part) + again + rows + WORKING * own
+
+    def _gathered(self, part: Part) -> float:
+        """Bytes of weights that FSDP has put together for a block, and of the largest gradient before it is cut."""
+        whole = {
+            path: math.prod(shape) / math.prod(cut.values()) * cut["fsdp"]
+            for path, (shape, axes) in part.tensors.items()
+            if "fsdp" in (cut := self._cut(shape, axes))
+        }
+        return self.work.operands * sum(whole.values()) + 4 * max(whole.values(), default=0.0)
+
+    def _head(self) -> float:
+        """Float32 logits of a chunk, their gradient, and that of the whole weight in float32 (model/logprobs.py)."""
+        vocab = self.model.vocab_size / self.sizes["tensor"]
+        chunk = min(self.tokens, max(1.0, MAX_LOGITS / vocab))
+        weight = (4 + self.work.operands) * self.model.hidden_size * vocab
+        return chunk * vocab * (4 + self.work.operands) + weight
+
+    # Traffic
+
+    def traffic(self, part: Part) -> dict[str, tuple[float, float]]:
+        """{collective: (NVLink, network) bytes into a device} of one layer of a kind, in one step."""
+        again = 2 if self.work.remat == "full" and part.name[-1] in "M*E-" else 1  # forward passes
+        found: dict[str, tuple[float, float]] = {}
+        # The head makes its gradients in the forward pass.
+        gathers = part.runs * (1 if part.name == "head" else again + 1) * self.work.operands
+        wide = self.tokens * self.model.hidden_size * self.work.operands
+        if part.name == "embeddings":  # vectors are looked up where they are
+            _add(found, "fsdp all-to-all", self._group(["fsdp"]).exchange(2 * part.runs * wide))
+        for shape, axes in part.tensors.values():
+            cut = self._cut(shape, axes)
+            here = math.prod(shape) / math.prod(cut.values())
+            if "fsdp" in cut and part.name != "embeddings":
+                whole = here * cut["fsdp"]
+                _add(found, "fsdp all-gather", self._group(["fsdp"]).gather(gathers * whole))
+                _add(found, "fsdp reduce-scatter", self._group(["fsdp"]).gather(4 * part.runs * whole))
+            others = [axis for axis in (*_axes("batch"), *_axes("time")) if axis not in cut]
+            reduced = self._group(others).gather(2 * 4 * here)  # to all of them: a reduce-scatter and a gather
+            _add(found, "gradient all-reduce", reduced)
+        if part.name[-1] in "M*E-":
+            passes = part.runs * (again + 1)  # the last matmul in each forward pass, the input's gradient
+            _add(found, "tensor all-reduce", self._group(["tensor"]).gather(2 * passes * wide))
+        if part.name.endswith("E"):
+            moe = self.model.moe
+            row = (moe.latent_size or self.model.hidden_size) * moe.top_k * self.work.operands
+            sent = part.runs * (2 * again + 3) * self.tokens * row
+            _add(found, "expert all-to-all", self._group(["expert"]).exchange(sent))
+        if part.name.endswith("*"):
+            attention = self.model.attention
+            heads = max(1.0, attention.num_kv_heads / self.sizes["tensor"])
+            keys = 2 * self.rows * self.work.seq * heads * attention.head_dim * self.work.operands
+            _add(found, "context all-gather", self._group(["context"]).gather(part.runs * (again + 2) * keys))
+        if part.name.endswith("M"):
+            mamba = self.model.mamba
+            states = self.rows * self.sizes["context"] * mamba.inner_size / self.sizes["tensor"] * mamba.state_size * 4
+            _add(found, "context all-gather", self._group(["context"]).gather(part.runs * (again + 1) * states))
+        return {name: both for name, both in found.items() if any(both)}
+
+    # Time
+
+    def seconds(self, part: Part) -> dict[str, float]:
+        """{resource: seconds that one layer of a kind keeps it busy in one step}, on H200s."""
+        again = 2 if self.work.remat == "full" and part.name[-1] in "M*E-" else 1
+        flops = part.runs * (2 + again) * part.flops * self.tokens / self.sizes["tensor"]
+        weights = self._elements(part, without="fsdp")
+        saved = self.tokens * (part.saved.wide + (part.saved.inner + part.saved.rows) / self.sizes["tensor"])
+        # Weights are read in each pass and their gradient is written; what is saved is written, read, and its gradient
+        # too. The optimizer reads and writes 7 float32 numbers a weight.
+        moved = part.runs * ((again + 1) * self.work.operands + 4) * weights + 28 * self._elements(part)
+        moved += part.runs * (2 + again) * 2 * saved
+        nvlink, network = (sum(way) for way in zip((0.0, 0.0), *self.traffic(part).values(), strict=True))
+        slow = 1 if self.work.operands < 4 else FLOAT32_SLOWDOWN
+        return {
+            "compute": flops * slow / PEAK_FLOPS,
+            "HBM": moved / HBM_SPEED,
+            "NVLink": nvlink / NVLINK,
+            "network": network / INTERCONNECTS[self.work.interconnect].network,
+        }
+
+    # All of it
+
+    def report(self) -> dict[str, Any]:
+        """What the command prints: GB, and milliseconds of a step."""
+        memory = self.memory()
+        blocks: dict[str, Any] = {}
+        bytes_of: dict[str, float] = {}
+        totals = dict.fromkeys(("compute", "HBM", "NVLink", "network"), 0.0)
+        for part in self.parts:
+            seconds = self.seconds(part)
+            for name, value in seconds.items():
+                totals[name] += part.stored * value
+            for name, ways in self.traffic(part).items():
+                bytes_of[name] = bytes_of.get(name, 0.0) + part.stored * sum(ways)
+            blocks[part.name] = {
+                "layers": part.stored,
+                "limit": max(seconds, key=lambda name: seconds[name]),
+                "ms_a_layer": {name: round(1e3 * value, 4) for name, value in seconds.items()},
+            }
+        flops = 3 * sum(part.stored * part.runs * part.flops for part in self.parts)
+        devices = math.prod(self.sizes.values())
+        return {
+            "devices": devices,
+            "mesh": self.sizes,
+            "batch": self.work.batch,
+            "seq": self.work.seq,
+            "remat": self.work.remat,
+            "interconnect": self.work.interconnect,
+            "memory_gb": {name: round(value / 1e9, 3) for name, value in memory.items()},
+            "fits_h200": memory["total"] <= HBM_BYTES,
+            "flops_per_device": flops * self.work.batch * self.work.seq / devices,
+            "collective_gb": {name: round(value / 1e9, 3) for name, value in bytes_of.items()},
+            "ms": {name: round(1e3 * value, 3) for name, value in totals.items()},
+            "limit": max(totals, key=lambda name: totals[name]),
+            "blocks": blocks,
+        }
+
+
+# Of what a block has saved, how much its backward pass holds beside at a time; and of its experts' rows where they
+# travel, with their gradients, in rounds with room for half as many again. Fitted to compiled steps (BENCHMARKS.md).
+WORKING, TRAVELLING = 0.5, 7.0
+MAX_LOGITS = 2**29  # model/logprobs.py
+
+
+def _axes(name: str) -> tuple[str, ...]:
+    rule = RULES[name]
+    return (rule,) if isinstance(rule, str) else rule or ()
+
+
+def _add(found: dict[str, tuple[float, float]], name: str, more: tuple[float, float]) -> None:
+    before = found.get(name, (0.0, 0.0))
+    found[name] = (before[0] + more[0], before[1] + more[1])

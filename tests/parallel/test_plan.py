@@ -1,0 +1,170 @@
+"""Plans against arithmetic by hand, the real model's shapes, and (slow) compiled steps."""
+
+import json
+import math
+
+import pytest
+
+from nemotron_jax import __main__ as front
+from nemotron_jax.config import preset, replace
+from nemotron_jax.errors import ConfigError, UserError
+from nemotron_jax.model.counts import count_parameters, flops_per_token, parts
+from nemotron_jax.parallel.plan import HBM_BYTES, Plan, Work
+from nemotron_jax.precision.recipe import RECIPES
+from nemotron_jax.run_config import ParallelConfig
+from pallas_kernels import aot
+
+MODELS = {  # a layer of each kind is as good as 40
+    "super": replace(preset("super"), {"pattern": "MEM*E"}),
+    "nano": replace(preset("nano"), {"pattern": "MEM*E"}),
+    "dense": replace(preset("nano-4b"), {"pattern": "M-*"}),
+}
+
+
+@pytest.fixture(scope="module")
+def parts_of():
+    """parts() of a model; tracing takes a second."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            with aot.compiling_for("h200"):
+                made[name] = parts(MODELS[name], 8192, RECIPES["bfloat16"])
+        return made[name]
+
+    return of
+
+
+def plan(parts_of, name="super", mesh=None, **work):
+    settings = {"batch": 8, "seq": 8192} | work
+    return Plan(MODELS[name], parts_of(name), ParallelConfig(**{"data": 1, **(mesh or {})}), Work(**settings))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parts_are_the_model(parts_of, name):
+    model = MODELS[name]
+    made = parts_of(name)
+    sizes = {path: math.prod(shape) for part in made for path, (shape, _) in part.tensors.items()}
+    assert len(sizes) == sum(len(part.tensors) for part in made)  # no tensor is in two parts
+    total = sum(part.stored * math.prod(shape) for part in made for shape, _ in part.tensors.values())
+    assert total == count_parameters(model)["total"]
+    flops = 3 * sum(part.stored * part.runs * part.flops for part in made)
+    assert flops == pytest.approx(flops_per_token(model, 8192))
+
+
+def test_weights_and_moments_are_cut_as_the_table_says(parts_of):
+    total = count_parameters(MODELS["super"])["total"]
+    whole = plan(parts_of).memory()
+    assert whole["parameters"] == 4 * total and whole["optimizer"] == 8 * total
+    cut = plan(parts_of, mesh={"fsdp": 8}).memory()
+    assert total / 8 < cut["parameters"] / 4 < 1.001 * total / 8  # norms and the like stay whole
+    assert plan(parts_of, mesh={"data": 8}).memory()["parameters"] == whole["parameters"]
+
+
+def test_activations_shrink_where_they_should(parts_of):
+    def activations(mesh, **work):
+        return plan(parts_of, "dense", mesh, **work).memory()["activations"]
+
+    eight = {"data": 8}
+    assert activations(eight, remat="full") < activations(eight, remat="none")
+    assert activations(eight, batch=128, remat="none") > 1.6 * activations(eight, batch=64, remat="none")
+    assert activations({"tensor": 8}, batch=16, remat="none") < 0.5 * activations({}, batch=16, remat="none")
+    assert activations({"context": 8}, batch=16, remat="none") == activations(eight, batch=16, remat="none")
+
+
+def bytes_of(made: Plan, part: str) -> dict[str, float]:
+    (found,) = (one for one in made.parts if one.name == part)
+    return {name: sum(ways) for name, ways in made.traffic(found).items()}
+
+
+def test_tokens_travel_at_latent_width(parts_of):
+    """Super: 22 rows of 1024 numbers a token, twice in each of two forward passes, three times backwards."""
+    made = plan(parts_of, "super", {"expert": 8}, batch=8)
+    rows = 8192 * 22 * 1024 * 2
+    assert bytes_of(made, "E")["expert all-to-all"] == pytest.approx((2 * 2 + 3) * rows * 7 / 8)
+    assert "fsdp all-gather" not in bytes_of(made, "E")
+    kept = plan(parts_of, "super", {"expert": 8}, batch=8, remat="none")
+    assert bytes_of(kept, "E")["expert all-to-all"] == pytest.approx((2 + 3) * rows * 7 / 8)
+
+
+def test_weights_travel_in_bfloat16_and_gradients_in_float32(parts_of):
+    made = plan(parts_of, "super", {"fsdp": 8}, batch=8)
+    weights = sum(
+        math.prod(shape) for path, (shape, _) in made.parts[3].tensors.items() if path.endswith("proj/weight")
+    )
+    found = bytes_of(made, "*")
+    assert made.parts[3].name == "*"
+    assert found["fsdp all-gather"] == pytest.approx(3 * 2 * weights * 7 / 8)  # two forward passes and a backward one
+    assert found["fsdp reduce-scatter"] == pytest.approx(4 * weights * 7 / 8)
+
+
+def test_context_sends_states_and_keys(parts_of):
+    made = plan(parts_of, "super", {"context": 8}, batch=1, seq=65536, remat="none")
+    assert bytes_of(made, "M")["context all-gather"] == pytest.approx(2 * 7 * 128 * 64 * 128 * 4)
+    keys = 65536 * 2 * 2 * 128 * 2  # tokens, keys and values, heads, width, bytes
+    assert bytes_of(made, "*")["context all-gather"] == pytest.approx(3 * keys * 7 / 8)
+
+
+def test_links_inside_and_between_hosts(parts_of):
+    """The last axes are within a host of 8; what comes from other hosts comes once a host."""
+    near = plan(parts_of, "super", {"fsdp": 8, "expert": 8}, batch=64)
+    (experts,) = (part for part in near.parts if part.name == "E")
+    nvlink, network = near.traffic(experts)["expert all-to-all"]
+    assert network == 0 < nvlink
+    nvlink, network = near.traffic(experts)["fsdp all-gather"]  # one GPU of each of 8 hosts
+    assert network == pytest.approx(nvlink)
+    both = plan(parts_of, "super", {"fsdp": 64}, batch=64)
+    nvlink, network = both.traffic(experts)["fsdp all-gather"]
+    assert network == pytest.approx(nvlink * (7 / 8) / 8 / (63 / 64))
+    rack = plan(parts_of, "super", {"fsdp": 64}, batch=64, interconnect="nvl72")
+    assert rack.traffic(experts)["fsdp all-gather"][1] == 0
+
+
+def test_the_limit_moves_with_the_network(parts_of):
+    slow = plan(parts_of, "super", {"fsdp": 64}, batch=64, interconnect="ib200").report()
+    fast = plan(parts_of, "super", {"fsdp": 64}, batch=64, interconnect="ib800").report()
+    assert slow["ms"]["network"] == pytest.approx(4 * fast["ms"]["network"], rel=1e-4)
+    assert slow["blocks"]["E"]["limit"] == "network"
+    alone = plan(parts_of, "nano", {}, batch=1).report()
+    assert alone["collective_gb"] == {} and alone["fits_h200"]
+    assert alone["blocks"]["M"]["limit"] == "compute" and alone["blocks"]["E"]["limit"] == "HBM"  # few tokens an expert
+    large = plan(parts_of, "nano", {}, batch=64, remat="none").report()
+    assert large["blocks"]["E"]["limit"] == "compute"
+    assert not large["fits_h200"] and large["memory_gb"]["total"] * 1e9 > HBM_BYTES
+
+
+def test_the_command(capsys):
+    arguments = ["plan", "tiny-super", "--mesh=data=2,fsdp=2,expert=2", "--batch=8", "--seq=1024", "--remat=none"]
+    assert front.run([*arguments, "--interconnect=ib800"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["devices"] == 8 and result["interconnect"] == "ib800"
+    assert {"parameters", "gradients", "optimizer", "activations", "total"} == result["memory_gb"].keys()
+    assert set(result["blocks"]) == {"embeddings", "M", "E", "*", "head", "mtp eh_proj", "mtp *", "mtp E"}
+    assert all(block["limit"] in ("compute", "HBM", "NVLink", "network") for block in result["blocks"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nano"], "plan needs --mesh=AXIS=N,.* and --batch=B .* and --seq=T"),
+        (["nan", "--mesh=fsdp=8", "--batch=8", "--seq=64"], "neither a preset .* Did you mean 'nano'"),
+        (["nano", "--mesh=fdsp=8", "--batch=8", "--seq=64"], "expected AXIS=N.* Did you mean 'fsdp'"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises((UserError, ConfigError), match=message):
+        front.run(["plan", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "work", "message"),
+    [
+        ({"data": -1}, {}, "plan counts no devices"),
+        ({"fsdp": 8}, {"batch": 4}, "--batch=4 does not divide over the 8 devices of data, fsdp, expert"),
+        ({"context": 3}, {"seq": 64}, "--seq=64 does not divide over the 3 devices of context"),
+        ({}, {"interconnect": "ib40"}, "--interconnect must be one of ib200, .* Did you mean 'ib400'"),
+    ],
+)
+def test_work_that_does_not_fit(mesh, work, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(lambda _: [], "super", mesh, **work)
