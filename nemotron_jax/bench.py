@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import statistics
 import sys
@@ -37,6 +36,7 @@ from nemotron_jax.model.context import Context
 from nemotron_jax.model.counts import flops_per_token
 from nemotron_jax.model.nemotron import Nemotron, abstract, split_model
 from nemotron_jax.parallel import mesh as meshes
+from nemotron_jax.parallel.fit import check_batch, check_model
 from nemotron_jax.precision.recipe import recipe
 from nemotron_jax.run_config import DataConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
 from nemotron_jax.training.losses import loss_fn, totals
@@ -126,7 +126,7 @@ def run(what: str, work: Workload) -> dict[str, Any]:
     else:
         devices = jax.devices()
     mesh = meshes.make_mesh(work.parallel, devices)
-    _check_batch(work, mesh)
+    _check(work, mesh)
     program = PROGRAMS[what](work, mesh)
     with aot.compiling_for(work.target) if work.target else contextlib.nullcontext():
         compiled, seconds = _compile(program, mesh, work)
@@ -154,15 +154,11 @@ def run(what: str, work: Workload) -> dict[str, Any]:
     return result
 
 
-def _check_batch(work: Workload, mesh: Mesh) -> None:
-    shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
-    if work.batch % shards:
-        raise ConfigError(f"--batch={work.batch} rows do not divide over the {shards} devices of data, fsdp, expert.")
-    if work.seq % mesh.shape["context"] or work.seq % work.documents:
-        raise ConfigError(
-            f"--seq={work.seq} must be a multiple of the context axis ({mesh.shape['context']}) and of --documents "
-            f"({work.documents})."
-        )
+def _check(work: Workload, mesh: Mesh) -> None:
+    check_model(work.model, mesh)
+    check_batch(work.model, mesh, rows=work.batch, rows_name="--batch", seq_len=work.seq, seq_name="--seq")
+    if work.seq % work.documents:
+        raise ConfigError(f"--seq={work.seq} must be a multiple of --documents ({work.documents}).")
 
 
 # Compiling and timing

@@ -70,17 +70,25 @@ def attention(
 
     documents: how many of a row one call takes, forward and backward, at least 2; None to choose.
     """
-    time = q_BTHD.shape[1]
-    if run is None or time == 1:
+    if run is None or q_BTHD.shape[1] == 1:
         return _whole_rows(scale, q_BTHD, k_BTVD, v_BTVD)
+    return _packed(scale, documents_of_a_call(q_BTHD, documents), q_BTHD, k_BTVD, v_BTVD, run)
+
+
+def documents_of_a_call(q_BTHD: jax.Array, documents: tuple[int, int] | None = None) -> tuple[int, int]:
+    """How many documents of a row one call takes, forward and backward; `documents` if given."""
     forward, backward = documents or (FORWARD_DOCUMENTS, max(2, BACKWARD_BYTES // (8 * q_BTHD.size)))
-    return _packed(scale, (min(forward, time), min(backward, time)), q_BTHD, k_BTVD, v_BTVD, run)
+    return min(forward, q_BTHD.shape[1]), min(backward, q_BTHD.shape[1])
 
 
-def _bind(primitive, q_BTHD, operands, layout, scale, **params):
-    """operands: what follows the bias; layout: (query lengths, key lengths, query offsets, key offsets) or None."""
+def _bind(primitive, q_BTHD, operands, layout, scale, causal=True, **params):
+    """operands: what follows the bias; layout: (query lengths, key lengths, query offsets, key offsets) or None.
+
+    causal: only where there is a layout may it be False.
+    """
     nothing = jnp.zeros(0, q_BTHD.dtype)
-    mask = cudnn.MaskType.CAUSAL if layout is None else cudnn.MaskType.PADDING_CAUSAL
+    of_documents = cudnn.MaskType.PADDING_CAUSAL if causal else cudnn.MaskType.PADDING
+    mask = cudnn.MaskType.CAUSAL if layout is None else of_documents
     q, k, v, *after = operands
     return primitive.bind(
         *(q, k, v, nothing),
@@ -98,13 +106,13 @@ def _bind(primitive, q_BTHD, operands, layout, scale, **params):
     )
 
 
-def _forward(scale, q, k, v, layout=None):
+def _forward(scale, q, k, v, layout=None, causal=True):
     """-> out [B, T, H, D], log-sum-exp [B * documents, H, T] float32."""
-    return _bind(cudnn._dot_product_attention_fwd_p_wrapper, q, (q, k, v), layout, scale, is_training=True)
+    return _bind(cudnn._dot_product_attention_fwd_p_wrapper, q, (q, k, v), layout, scale, causal, is_training=True)
 
 
-def _backward(scale, q, k, v, lse, out, dout, layout=None):
-    return _bind(cudnn._dot_product_attention_bwd_p_wrapper, q, (q, k, v, lse, out, dout), layout, scale)
+def _backward(scale, q, k, v, lse, out, dout, layout=None, causal=True):
+    return _bind(cudnn._dot_product_attention_bwd_p_wrapper, q, (q, k, v, lse, out, dout), layout, scale, causal)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -141,9 +141,9 @@ def test_floating_point_operations_of_a_step():
 
 
 def test_sizes_that_do_not_fit():
-    with pytest.raises(ConfigError, match="--batch=3 rows do not divide over the 8 devices"):
+    with pytest.raises(ConfigError, match="--batch is 3 sequences, which do not divide over the 8 devices"):
         bench.run("train", dataclasses.replace(WORK, batch=3))
-    with pytest.raises(ConfigError, match=r"--seq=32 must be a multiple of .* --documents \(5\)"):
+    with pytest.raises(ConfigError, match=r"--seq=32 must be a multiple of --documents \(5\)"):
         bench.run("train", dataclasses.replace(WORK, documents=5))
     with pytest.raises(ConfigError, match="the mesh"):
         bench.run("train", dataclasses.replace(WORK, parallel=ParallelConfig(data=3)))

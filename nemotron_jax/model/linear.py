@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from nemotron_jax.parallel.embedding import lookup
 from nemotron_jax.precision.matmul import matmul
 from nemotron_jax.precision.recipe import Precision, Recipe
 
@@ -94,4 +95,4 @@ class Embedding(nnx.Module):
         self.dtype = scope.recipe.activations
 
     def __call__(self, tokens: Array) -> Array:
-        return self.weight[...][tokens].astype(self.dtype)
+        return lookup(self.weight[...], tokens, self.dtype)

@@ -25,7 +25,6 @@ from nemotron_jax.model.linear import Buffer, Embedding, RMSNorm, Scope, normal
 from nemotron_jax.model.mamba2 import Mamba2
 from nemotron_jax.model.mtp import MTP, shift_left
 from nemotron_jax.model.state import DecodeState, MixerState, require_no_draft
-from nemotron_jax.parallel.mesh import constrain
 from nemotron_jax.precision.recipe import RECIPES, Recipe
 
 
@@ -93,7 +92,7 @@ class Nemotron(nnx.Module):
             require_no_draft(state.layers)
             ctx = replace(ctx, lengths=state.lengths[rows])
             layer_states = state.layers
-        h_BTD = constrain(self.embeddings(tokens))
+        h_BTD = self.embeddings(tokens)
         h_BTD, layer_states, aux = run_layers(self.layers, h_BTD, ctx, layer_states, remat=remat)
         if state is not None and layer_states is not None:
             new = 0 if ctx.draft else tokens.shape[1] if ctx.new_tokens is None else ctx.new_tokens

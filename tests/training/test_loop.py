@@ -304,10 +304,10 @@ def test_batches_must_fit_the_mesh(config):
     rows = dataclasses.replace(config.train, global_batch_size=12, microbatches=3)
     parallel = dataclasses.replace(config.parallel, data=4, expert=2)
     with pytest.raises(ConfigError, match="multiple of 8"):
-        loop.check_batch(dataclasses.replace(config, train=rows), make_mesh(parallel, jax.devices()))
+        loop.check_mesh(dataclasses.replace(config, train=rows), make_mesh(parallel, jax.devices()))
     with pytest.raises(ConfigError, match=r"data\.seq_len"):
         mesh = make_mesh(dataclasses.replace(config.parallel, context=8), jax.devices())
-        loop.check_batch(dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=12)), mesh)
+        loop.check_mesh(dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=12)), mesh)
 
 
 def test_load_score_and_generate(finished, tmp_path):
