@@ -158,17 +158,45 @@ def _stored_modules(source: HFDirectory) -> list[Tensor]:
 
 
 def _copy_quantized(source: HFDirectory, folder: Path, tensors: list[Tensor]) -> None:
+    """As they are, but for the activation scales of experts that were never routed to, which are filled in."""
     folder.mkdir()
-    writer = ShardWriter(folder, tensors)
+    filled = _filled_scales(source)
+    added = [Tensor(name, "F32", scale.shape) for name, scale in filled.items() if name not in source.stored]
+    writer = ShardWriter(folder, [*tensors, *added])
     try:
-        for tensor in tensors:
-            _copy(source, tensor.name, writer)
+        for tensor in [*tensors, *added]:
+            if tensor.name in filled:
+                writer.write(tensor.name, filled[tensor.name])
+            else:
+                _copy(source, tensor.name, writer)
         writer.finish()
     finally:
         writer.close()
     for name in (CONFIG_FILE, modelopt.HF_QUANT_CONFIG):
         if (source.path / name).exists():
             shutil.copyfile(source.path / name, folder / name)
+
+
+def _filled_scales(source: HFDirectory) -> dict[str, np.ndarray]:
+    """{name of an input_scale: value} of the experts that have none, or 0, while others of their layer have one."""
+    groups: dict[str, dict[str, float | None]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in source.table.entries.values():
+        scheme = source.scheme(entry)
+        group = modelopt.experts_of(entry.module)
+        if scheme is None or not scheme.has_input_scale or scheme.compressed or group is None:
+            continue
+        stored = source.stored.get(f"{entry.module}.input_scale")
+        groups.setdefault(group, {})[entry.module] = None if stored is None else float(stored.rows().reshape(-1)[0])
+        if stored is not None:
+            shapes[group] = stored.shape
+    filled = {}
+    for group, scales in groups.items():
+        if any(scales.values()) and not all(scales.values()):
+            for module, value in fill_expert_scales(scales).items():
+                if not scales[module]:
+                    filled[f"{module}.input_scale"] = np.full(shapes[group], value, np.float32)
+    return filled
 
 
 def _copy(source: HFDirectory, name: str, writer: ShardWriter) -> None:

@@ -133,6 +133,11 @@ def quantize(scheme: Scheme, weight: ArrayLike, input_amax: float | None = None)
 _EXPERT = re.compile(r"^(.*\.experts\.)\d+(\..*)$")
 
 
+def experts_of(module: str) -> str | None:
+    """The name that the same projection of all experts of a layer shares; None for other modules."""
+    return _EXPERT.sub(r"\1*\2", module) if _EXPERT.match(module) else None
+
+
 def fill_expert_scales(scales: Mapping[str, float | None]) -> dict[str, float]:
     """{module: input amax or input_scale} with the missing ones (None, 0 or not finite) of experts filled in.
 
@@ -148,7 +153,7 @@ def fill_expert_scales(scales: Mapping[str, float | None]) -> dict[str, float]:
         return value is not None and 0 < float(value) < np.inf
 
     def group(module: str) -> str:
-        return _EXPERT.sub(r"\1*\2", module)
+        return experts_of(module) or module
 
     largest: dict[str, float] = {}
     for module, value in scales.items():

@@ -217,6 +217,29 @@ def test_quantised_tensors_pass_through(tmp_path, name):
         assert listed == {name: (dtype, shape) for name, (dtype, shape, _) in hf_files.read(hf).items()}
 
 
+def test_scales_of_experts_that_were_never_routed_to(tmp_path):
+    """Missing or 0: the largest of the same projection in the layer; the others stay as they are."""
+    hf = hf_files.write(tmp_path / "hf", EVEN, quant=QUANTS["nvfp4"], max_shard=1 << 30)
+    arrays = {
+        name: np.frombuffer(data, DTYPES[dtype]).reshape(shape).copy()
+        for name, (dtype, shape, data) in hf_files.read(hf).items()
+    }
+    scales = [f"backbone.layers.1.mixer.experts.{expert}.up_proj.input_scale" for expert in range(8)]
+    for number, name in enumerate(scales):
+        arrays[name][...] = 0.5 + number / 8
+    arrays[scales[2]][...] = 0
+    del arrays[scales[4]]
+    save(hf, arrays, json.loads((hf / "config.json").read_text()))
+    convert(hf, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back")
+    before, after = hf_files.read(hf), hf_files.read(tmp_path / "back")
+    assert {name: after[name] for name in before if name != scales[2]} == {
+        name: value for name, value in before.items() if name != scales[2]
+    }
+    assert after.keys() - before.keys() == {scales[4]}
+    assert [np.frombuffer(after[scales[i]][2], np.float32)[0] for i in (2, 4)] == [0.5 + 7 / 8] * 2
+
+
 def test_scales_of_an_mtp_cache_pass_through(tmp_path):
     hf = hf_files.write(tmp_path / "hf", EVEN, quant=QUANTS["fp8"], max_shard=1 << 30)
     arrays = {
