@@ -274,7 +274,7 @@ CHAT_FLAGS = "--system, --no-thinking and --raw go with --prompt=TEXT"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "needs one of the commands params, generate, convert, bench; got none."),
+        ([], "needs one of the commands params, plan, generate, convert, bench; got none."),
         (["parms"], "got 'parms'. Did you mean 'params'?"),
         (["--seq=3"], "got '--seq=3'."),
         (["params"], "params needs a preset (nano, lightning, "),

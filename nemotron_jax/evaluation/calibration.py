@@ -5,7 +5,7 @@ the keys and values, as ModelOpt's max calibration has it. The layers are those 
 program, projections are exchanged for subclasses that also note what they were given, so the model has no switch for
 it. MTP is left out, as it is from quantisation.
 
-Shapes: B batch, T time, D model width, M rows sorted by expert.
+Shapes: B batch, T time, D model width, K top-k, M rows sorted by expert.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from nemotron_jax.model.mamba2 import InProj
 from nemotron_jax.model.moe import Experts
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.precision.matmul import expert_matmul
+from pallas_kernels import permute
 
 ROWS, SEQ_LEN = 4, 4096
 Rows = tuple[np.ndarray, np.ndarray]  # tokens and segment ids, int32 [B, T], no padding
@@ -134,9 +135,12 @@ def _observing(kind: Any, path: str, ranges: dict[str, Array]) -> type:
         def __call__(self, x: Array, *args: Any) -> Any:
             result = super().__call__(x, *args)
             if issubclass(kind, Experts):
-                hidden = expert_matmul(x, self.up_proj[...], args[0], self.precision, activation="relu2")
-                ranges[f"{path}/up_proj"] = _range_of_each(x, args[0])
-                ranges[f"{path}/down_proj"] = _range_of_each(hidden, args[0])
+                experts_BTK = args[0]
+                flat = x.reshape(-1, x.shape[-1]), experts_BTK.reshape(-1, experts_BTK.shape[-1])
+                rows, group_sizes, _ = permute(*flat, self.num_experts)
+                hidden = expert_matmul(rows, self.up_proj[...], group_sizes, self.precision, activation="relu2")
+                ranges[f"{path}/up_proj"] = _range_of_each(rows, group_sizes)
+                ranges[f"{path}/down_proj"] = _range_of_each(hidden, group_sizes)
                 return result
             ranges[path] = _range(x)
             if path.endswith(("k_proj", "v_proj")):
