@@ -4,10 +4,10 @@ ARGS ?=
 # A file's tests stay in one process, so that they share what they compile.
 PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: help setup train test test-all lint format clean
+.PHONY: help setup train test test-all compile-gpu lint format clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with the pinned packages (with CUDA where nvidia-smi works); at once if it is up to date
 	@bash .ci/setup.sh
@@ -18,8 +18,11 @@ train: setup ## the quickstart; WORKDIR=runs/quickstart and ARGS="--config.train
 test: lint ## lint and every fast test
 	$(PYTEST)
 
-test-all: lint ## lint and every test that needs no GPU, the slow ones too
+test-all: lint compile-gpu ## lint, compile-gpu and every test that needs no GPU, the slow ones too
 	$(PYTEST) -m "not gpu"
+
+compile-gpu: setup ## compile the operations for GPUs, without one; ARGS="ssd --target=h200" can be set
+	@bash .ci/compile-gpu.sh $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(PY) -m ruff check .

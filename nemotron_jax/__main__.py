@@ -8,7 +8,7 @@ python -m nemotron_jax generate --checkpoint=DIR --prompt=TEXT [--tokens=N ...]
     answers a message or continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
 python -m nemotron_jax convert SRC DST [--format=bf16|fp8|nvfp4]
     Hugging Face directory -> training workdir, and either of them -> Hugging Face directory (with --format from the
-    former); --dry-run PRESET_OR_DIR lists the tensors instead
+    former; fp8 and nvfp4 with --calibration=FILES); --dry-run PRESET_OR_DIR lists the tensors instead
 python -m nemotron_jax bench train|prefill|decode --preset=NAME [--pattern=LETTERS --batch=B --seq=T --mesh=fsdp=8 ...]
     speed and memory with random weights, as JSON
 
@@ -160,26 +160,38 @@ def convert(argv: Sequence[str]) -> int:
     parser.add_argument("target", metavar="DST", nargs="?", help="a directory that does not exist yet, or is empty")
     parser.add_argument("--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}; default: as each tensor is")
     parser.add_argument("--step", type=number(int, least=0, name="a step"), metavar="N", help="default: the last one")
+    parser.add_argument(
+        "--calibration", metavar="FILES", help="text that fp8 and nvfp4 measure activations on: paths and globs"
+    )
     parser.add_argument("--dry-run", metavar="PRESET_OR_DIR", help="list the tensors of its Hugging Face checkpoint")
     flags = parser.parse_args(argv)
     if flags.format not in (None, *FORMATS):
         hint = did_you_mean(flags.format, FORMATS)
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {flags.format!r}.{hint}")
     if flags.dry_run is not None:
-        if flags.source or flags.step is not None:
-            raise UserError("convert --dry-run=PRESET_OR_DIR takes no SRC, DST or --step.")
+        if flags.source or flags.step is not None or flags.calibration:
+            raise UserError("convert --dry-run=PRESET_OR_DIR takes no SRC, DST, --step or --calibration.")
         config = model_config(flags.dry_run)
-        from nemotron_jax.checkpoint.hf import plan
+        from nemotron_jax.checkpoint.convert import dry_run
 
-        for tensor in plan(config, flags.format):
+        directory = None if flags.dry_run in PRESETS else Path(flags.dry_run).expanduser()
+        for tensor in dry_run(config, directory, flags.format):
             print(tensor.name, tensor.dtype, json.dumps(tensor.shape, separators=(",", ":")))
         return 0
     if not flags.source or not flags.target:
         raise UserError("convert needs SRC and DST, or --dry-run=PRESET_OR_DIR.")
     target = Path(flags.target).expanduser()
+    if flags.calibration and flags.format not in ("fp8", "nvfp4"):
+        raise UserError("--calibration is for --format=fp8 and --format=nvfp4, which store the ranges of activations.")
     from nemotron_jax.checkpoint import convert as converting
 
-    done = converting.convert(flags.source, target, format=flags.format, step=flags.step)
+    converting.check_target(target)
+    calibration = None
+    if flags.calibration:
+        from nemotron_jax.evaluation.calibration import calibrate_on
+
+        calibration = calibrate_on(flags.source, flags.calibration, step=flags.step)
+    done = converting.convert(flags.source, target, format=flags.format, step=flags.step, calibration=calibration)
     print(
         f"wrote {done.tensors:,} tensors, {done.nbytes / 1e9:,.3f} GB, to {target} in {done.seconds:.1f} s "
         f"({done.nbytes / done.seconds / 1e9:.2f} GB/s)"
@@ -209,6 +221,8 @@ def bench(argv: Sequence[str]) -> int:
         action="store_true",
         help="train: the whole step of train.py, AdamW on float32 weights, not loss and gradients in bfloat16 alone",
     )
+    parser.add_argument("--cache", default="", metavar="DIR", help="keep compiled programs there, for the next run")
+    parser.add_argument("--compile-only", action="store_true", help="run nothing and take no memory")
     parser.add_argument(
         "--compile-for", type=target, default=("", 1), metavar="GPU[:N]", help="only compile, for h200 or b200"
     )
@@ -217,13 +231,13 @@ def bench(argv: Sequence[str]) -> int:
     model = model_config(flags.preset)
     if flags.pattern is not None:
         model = dataclasses.replace(model, pattern=flags.pattern)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # nothing else runs on these devices
     from nemotron_jax.bench import Workload, run
 
-    settings = {name: getattr(flags, name) for name in ("batch", "seq", "precision", "remat", "optimizer", "documents")}
+    names = "batch seq precision remat optimizer documents steps cache compile_only".split()
+    settings = {name: getattr(flags, name) for name in names}
     name, count = flags.compile_for
-    work = Workload(
-        model, **settings, steps=flags.steps, parallel=ParallelConfig(**flags.mesh), target=name, target_devices=count
-    )
+    work = Workload(model, **settings, parallel=ParallelConfig(**flags.mesh), target=name, target_devices=count)
     print(json.dumps(run(flags.what, work)))
     return 0
 
@@ -242,7 +256,8 @@ def run(argv: Sequence[str]) -> int:
     if name in COMMANDS:
         try:
             code = COMMANDS[name](rest)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by the caller: >&-
+                sys.stdout.flush()
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:

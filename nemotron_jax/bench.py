@@ -1,8 +1,7 @@
 """How fast a model trains, prefills and decodes: one command, one JSON object (`python -m nemotron_jax bench`).
 
 Weights and tokens are random and made on the devices; the programs are those that training and generation run. A
-step is compiled twice, with an empty compilation cache and with what that left behind, and then runs a number of
-times with the next step always in the queue, so that the device does not wait for Python.
+step runs a number of times with the next one always in the queue, so that the device does not wait for Python.
 
 Shapes: B batch, T time.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
+import os
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ from nemotron_jax.model.context import Context
 from nemotron_jax.model.counts import flops_per_token
 from nemotron_jax.model.nemotron import Nemotron, abstract, split_model
 from nemotron_jax.parallel import mesh as meshes
+from nemotron_jax.parallel.fit import check_batch, check_model
 from nemotron_jax.precision.recipe import recipe
 from nemotron_jax.run_config import DataConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
 from nemotron_jax.training.losses import loss_fn, totals
@@ -44,7 +45,7 @@ from nemotron_jax.training.state import TrainSetup
 from nemotron_jax.training.step import make_train_step
 from pallas_kernels import aot, dispatch
 
-WARM_UP = 2  # steps that are not counted
+WARM_UP = 2  # steps that are not counted, each run alone
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Workload:
         the whole step of train.py, with float32 weights, clipping and AdamW.
       documents: of a training row, packed and equally long; 1: no segment ids.
       steps: timed ones.
+      cache: a folder that keeps compiled programs, so that the next run finds them; "": an empty one, for this run.
+      compile_only: nothing is run, and no memory taken.
       target: a GPU to compile for that is not there, a key of ``pallas_kernels.aot.TARGETS``: nothing is run.
       target_devices: how many of them.
     """
@@ -74,6 +77,8 @@ class Workload:
     optimizer: bool = False
     documents: int = 1
     steps: int = 20
+    cache: str = ""
+    compile_only: bool = False
     target: str = ""
     target_devices: int = 1
 
@@ -111,8 +116,9 @@ def run(what: str, work: Workload) -> dict[str, Any]:
       ConfigError: the mesh does not fit the devices, or the batch the mesh.
       UserError: the step does not fit into the memory of a device, or the compiler of the target is not installed.
     """
+    if work.precision == "auto":
+        work = dataclasses.replace(work, precision="bfloat16" if work.target else recipe("auto").activations)
     if work.target:
-        work = dataclasses.replace(work, precision="bfloat16" if work.precision == "auto" else work.precision)
         try:
             devices = aot.devices(work.target, work.target_devices)
         except RuntimeError as error:
@@ -120,10 +126,10 @@ def run(what: str, work: Workload) -> dict[str, Any]:
     else:
         devices = jax.devices()
     mesh = meshes.make_mesh(work.parallel, devices)
-    _check_batch(work, mesh)
+    _check(work, mesh)
     program = PROGRAMS[what](work, mesh)
     with aot.compiling_for(work.target) if work.target else contextlib.nullcontext():
-        compiled, seconds = _compile(program, mesh, there=not work.target)
+        compiled, seconds = _compile(program, mesh, work)
         plan = compiled.memory_analysis()
         result = {
             "bench": what,
@@ -143,20 +149,16 @@ def run(what: str, work: Workload) -> dict[str, Any]:
         }
     if what == "train":
         result |= {"optimizer": work.optimizer, "remat": work.remat, "documents": work.documents}
-    if not work.target:
-        result |= _speed(program, _repeat(program, compiled, work.steps), devices)
+    if not (work.target or work.compile_only):
+        result |= _speed(program, *_repeat(program, compiled, work.steps), devices)
     return result
 
 
-def _check_batch(work: Workload, mesh: Mesh) -> None:
-    shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
-    if work.batch % shards:
-        raise ConfigError(f"--batch={work.batch} rows do not divide over the {shards} devices of data, fsdp, expert.")
-    if work.seq % mesh.shape["context"] or work.seq % work.documents:
-        raise ConfigError(
-            f"--seq={work.seq} must be a multiple of the context axis ({mesh.shape['context']}) and of --documents "
-            f"({work.documents})."
-        )
+def _check(work: Workload, mesh: Mesh) -> None:
+    check_model(work.model, mesh)
+    check_batch(work.model, mesh, rows=work.batch, rows_name="--batch", seq_len=work.seq, seq_name="--seq")
+    if work.seq % work.documents:
+        raise ConfigError(f"--seq={work.seq} must be a multiple of --documents ({work.documents}).")
 
 
 # Compiling and timing
@@ -166,23 +168,26 @@ def _say(message: str) -> None:
     print(f"bench: {message}", file=sys.stderr, flush=True)
 
 
-def _compile(program: Program, mesh: Mesh, *, there: bool) -> tuple[Any, dict[str, float]]:
-    """The compiled step, and the seconds of tracing and compiling: with an empty cache, and again with a warm one.
+def _compile(program: Program, mesh: Mesh, work: Workload) -> tuple[Any, dict[str, Any]]:
+    """The compiled step, and the seconds of tracing and of both.
 
-    Devices that are not there cannot read a cache, and jax would put constants on them if they were set.
+    A cache is warm for another process only: Mosaic numbers the kernels of a process, so a second lowering in the
+    same one makes another program. Devices that are not there cannot read a cache, and jax would put constants on
+    them if they were set.
     """
-    seconds = {}
-    with tempfile.TemporaryDirectory() as folder, _cache_in(folder):
-        for name in ("cold", "warm") if there else ("cold",):
-            _say(f"compiling, {name} cache")
-            jax.clear_caches()
-            started = time.perf_counter()
-            with jax.set_mesh(mesh) if there else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                lowered = program.step.lower(*program.shapes)
-            seconds[f"{name}_tracing"] = round(time.perf_counter() - started, 2)
-            compiled = lowered.compile()
-            seconds[name] = round(time.perf_counter() - started, 2)
-            _say(f"{name}: {seconds[name]} s")
+    there = not work.target
+    with contextlib.ExitStack() as stack:
+        folder = work.cache or stack.enter_context(tempfile.TemporaryDirectory())
+        cache = "warm" if os.path.isdir(folder) and os.listdir(folder) else "empty"
+        stack.enter_context(_cache_in(folder))
+        _say(f"compiling, {cache} cache")
+        started = time.perf_counter()
+        with jax.set_mesh(mesh) if there else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = program.step.lower(*program.shapes)
+        tracing = time.perf_counter() - started
+        compiled = lowered.compile()
+        seconds = {"cache": cache, "tracing": round(tracing, 2), "total": round(time.perf_counter() - started, 2)}
+        _say(f"compiled in {seconds['total']} s")
     return compiled, seconds
 
 
@@ -209,19 +214,22 @@ def _cache_in(folder: str) -> Iterator[None]:
         set_all(before)
 
 
-def _repeat(program: Program, compiled: Any, steps: int) -> list[float]:
-    """Seconds of each step: from the end of the one before to its own."""
+def _repeat(program: Program, compiled: Any, steps: int) -> tuple[list[float], int | None]:
+    """Seconds of each step, from the end of the one before to its own; and the peak memory of single steps in bytes."""
     _say("making weights and inputs")
     try:
         arguments = jax.block_until_ready(program.start())
         _say(f"running {WARM_UP} + {steps} steps")
         ends: list[float] = []
         before = None
-        for _ in range(WARM_UP + steps + 1):
+        for number in range(WARM_UP + steps + 1):
             results = compiled(*arguments)
             arguments, mark = program.following(arguments, results), program.mark(results)
             del results  # before the next step is queued: its gradients take the same place
-            if before is not None:
+            if number < WARM_UP:
+                mark.block_until_ready()
+                peak = _peak_bytes()
+            elif before is not None:
                 before.block_until_ready()
                 ends.append(time.perf_counter())
             before = mark
@@ -230,15 +238,19 @@ def _repeat(program: Program, compiled: Any, steps: int) -> list[float]:
             raise
         line = str(error).splitlines()[0]
         raise UserError(f"out of memory ({line}): lower --batch or --seq, or use --remat=full.") from error
-    return [end - start for start, end in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
+    return [end - start for start, end in pairwise(ends)], peak
 
 
-def _speed(program: Program, seconds: list[float], devices: list[Any]) -> dict[str, Any]:
+def _peak_bytes() -> int | None:
+    """The most memory that was in use on a device so far; None where the device does not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one), default=None)
+
+
+def _speed(program: Program, seconds: list[float], peak: int | None, devices: list[Any]) -> dict[str, Any]:
     median = statistics.median(seconds)
     rate = program.tokens / median
     used = mfu(program.flops / program.tokens, rate, devices[0].device_kind, len(devices))
-    stats = [device.memory_stats() or {} for device in devices]
-    peaks = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
     return {
         "steps": len(seconds),
         "step_ms": round(1e3 * median, 3),
@@ -248,7 +260,7 @@ def _speed(program: Program, seconds: list[float], devices: list[Any]) -> dict[s
         "mfu": None if used is None else round(used, 4),
         "mfu_formula": f"flops a step ({program.flops:.6g}: {program.flops_formula}) / step_ms / "
         "(devices * published dense bfloat16 FLOP/s of a device)",
-        "peak_memory_gb": round(max(peaks) / 1e9, 3) if peaks else None,
+        "peak_memory_gb": None if peak is None else round(peak / 1e9, 3),
     }
 
 
@@ -264,10 +276,10 @@ class _Weights:
     mesh: Mesh
 
     def graphdef(self) -> nnx.GraphDef:
-        return split_model(abstract(self.model, recipe(self.work.precision)))[0]
+        return split_model(abstract(self.model, recipe(self.work.precision, self.model)))[0]
 
     def _init(self) -> tuple[nnx.State, nnx.State]:
-        rules = recipe(self.work.precision)
+        rules = recipe(self.work.precision, self.model)
         _, params, buffers = split_model(Nemotron(self.model, rules, jax.random.key(0)))
         flat = [
             (path, leaf.replace(leaf.get_value().astype(rules.activations)) if _is_matrix(path, leaf) else leaf)

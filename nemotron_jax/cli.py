@@ -132,7 +132,7 @@ def target(text: str) -> tuple[str, int]:
 def existing_path(text: str) -> Path:
     """An argparse type; that it holds what it should is for its reader to say."""
     path = Path(text).expanduser()
-    if not text or not path.exists():
+    if not text or not os.path.exists(path):  # Path.exists raises for names that are too long
         raise argparse.ArgumentTypeError(f"there is no {text!r}")
     return path
 

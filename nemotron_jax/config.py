@@ -174,6 +174,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     initializer_std: float = 0.0  # 0: 0.9 / sqrt(hidden_size), the rule behind the official values
     max_positions: int = 262144
+    bfloat16_share: float = 0.15  # of the layers, the last ones: quantised training leaves them in bfloat16
     bos_id: int = 1
     eos_id: int = 2
     pad_id: int = 0
@@ -193,6 +194,9 @@ class ModelConfig:
         _require(
             self.initializer_std >= 0,
             f"model.initializer_std must be 0 (automatic) or positive, got {self.initializer_std}.",
+        )
+        _require(
+            0 <= self.bfloat16_share <= 1, f"model.bfloat16_share must be between 0 and 1, got {self.bfloat16_share}."
         )
         for name in ("bos_id", "eos_id", "pad_id"):
             value = getattr(self, name)
@@ -322,6 +326,7 @@ PRESETS = {
         ),
         mtp=MTPConfig(depth=2, loss_factor=0.1),
         initializer_std=0.0099,
+        bfloat16_share=16 / 108,
     ),
     # The dense member of the family: the smallest released checkpoint.
     "nano-4b": ModelConfig(

@@ -7,7 +7,7 @@ Both spellings of the layer list are read: the pattern string (``hybrid_override
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from nemotron_jax.config import AttentionConfig, MambaConfig, ModelConfig, MoEConfig, MTPConfig
@@ -53,6 +53,8 @@ _FIELDS = {
         "normalize_weights": "norm_topk_prob",
     },
 }
+
+_REAL = {"layer_norm_epsilon", "time_step_min", "time_step_max", "time_step_floor", "routed_scaling_factor"}
 
 # What the blocks are built for; another value would need code that does not exist, so it is refused.
 _FIXED = {
@@ -104,16 +106,16 @@ def _from_hf(rest: dict[str, Any]) -> ModelConfig:
     layers = rest.pop("num_hidden_layers", len(pattern))
     if layers != len(pattern):
         raise ConfigError(f"config.json has num_hidden_layers={layers}, but its layer list has {len(pattern)} entries.")
-    sections = {
-        section: {ours: rest.pop(theirs) for ours, theirs in fields.items() if rest.get(theirs) is not None}
+    sections: dict[str, dict[str, Any]] = {
+        section: {ours: _number(rest, theirs) for ours, theirs in fields.items() if rest.get(theirs) is not None}
         for section, fields in _FIELDS.items()
     }
     rest.pop("moe_latent_size", None)
     model = sections[""]
     if "hidden_size" not in model:
         raise ConfigError("config.json lacks hidden_size.")
-    if isinstance(model.get("eos_id"), Sequence):
-        model["eos_id"] = model["eos_id"][0]
+    if "bfloat16_share" in rest:  # our own key: Hugging Face has nothing to say of it
+        model["bfloat16_share"] = rest.pop("bfloat16_share")
     return ModelConfig(
         pattern=pattern,
         **model,
@@ -123,6 +125,17 @@ def _from_hf(rest: dict[str, Any]) -> ModelConfig:
         mtp=_pop_mtp(rest),
         hf_extra=tuple((key, json.dumps(value)) for key, value in rest.items()),
     )
+
+
+def _number(rest: dict[str, Any], key: str) -> Any:
+    """Pops a value; raises TypeError unless it is what the key is for."""
+    value = rest.pop(key)
+    if key == "eos_token_id" and isinstance(value, list):
+        value = value[0]
+    kinds: tuple[type, ...] = (bool,) if key == "norm_topk_prob" else (int, float) if key in _REAL else (int,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{key}={value!r}, expected {kinds[-1].__name__}")
+    return value
 
 
 def to_hf(config: ModelConfig, *, layer_lists: bool = False) -> dict[str, Any]:
@@ -141,6 +154,8 @@ def to_hf(config: ModelConfig, *, layer_lists: bool = False) -> dict[str, Any]:
         source = getattr(config, section) if section else config
         values.update({theirs: getattr(source, ours) for ours, theirs in fields.items()})
     values["moe_latent_size"] = config.moe.latent_size or None
+    if config.bfloat16_share != ModelConfig.bfloat16_share:
+        values["bfloat16_share"] = config.bfloat16_share
     values.update(_layers("", config.pattern, layer_lists))
     if config.mtp is not None:
         values.update(_layers("mtp_", config.mtp.pattern, layer_lists))

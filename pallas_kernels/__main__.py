@@ -1,6 +1,6 @@
 """Times the implementations of every op.
 
-python -m pallas_kernels [OP ...] [--case=NAME,...] [--impl=NAME,...] [--no-check]
+python -m pallas_kernels [OP ...] [--case=NAME,...] [--impl=NAME,...] [--small] [--draws=N | --no-check]
 
 On a GPU: the shapes of the released models in bfloat16; elsewhere the small test cases, which say that everything
 runs and little else. A row is one implementation of one case in one direction:
@@ -10,7 +10,7 @@ runs and little else. A row is one implementation of one case in one direction:
   TFLOP/s, GB/s   the least arithmetic and the least bytes of the case (the op's `cost`) over that time
   roofline  the least time, by the two ceilings measured first (a device copy, a matmul), over that time
   error     the largest relative Frobenius error of outputs and gradients against the float32 truth, and of which;
-            peers (such as a dense matmul of the same size) have none
+            peers (such as a dense matmul of the same size) have none; "inf repeat": two runs differed
 
 A case that fails says so in its row, and the exit code is 1 at the end.
 """
@@ -33,19 +33,23 @@ from pallas_kernels.cost import Cost
 from pallas_kernels.suite import SUITE
 
 CACHE_BYTES = 200e6  # inputs smaller than this rotate: three times the 50 to 60 MB of an H100 or H200
+QUEUED_BYTES = 10e9
 ON_GPU = jax.default_backend() == "gpu"
 SAMPLE_SECONDS, SAMPLES = (0.04, 15) if ON_GPU else (0.002, 3)
 
 
 def median_seconds(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> float:
     """Seconds of one call: each sample queues calls for SAMPLE_SECONDS and waits for the last of them."""
-    jax.block_until_ready([call(*sets[0]) for _ in range(2)])
+    for _ in range(2):
+        result = jax.block_until_ready(call(*sets[0]))
+    # Results of queued calls may all be held at once.
+    most = max(1, int(QUEUED_BYTES / (1 + sum(z.nbytes for z in jax.tree.leaves(result)))))
     started = time.perf_counter()
     jax.block_until_ready(call(*sets[0]))
     once = time.perf_counter() - started
     if once > 1:
         return once
-    launches = max(1, min(1000, round(SAMPLE_SECONDS / once)))
+    launches = max(1, min(1000, most, round(SAMPLE_SECONDS / once)))
     samples = []
     for _ in range(SAMPLES if once < 0.2 else 3):
         started = time.perf_counter()
@@ -86,18 +90,18 @@ def time_case(op: str, case: Any, impl: str, backward: bool) -> float:
     return median_seconds(call, [first] + [jax.tree.map(jnp.copy, first) for _ in range(copies - 1)])
 
 
-def _cases(op: str, *, named: bool) -> tuple[Any, ...]:
+def _cases(op: str, *, named: bool, small: bool) -> tuple[Any, ...]:
     """Those to choose from by name, or those that run when none is named."""
     entry = SUITE[op]
     if named:
         return (*entry.cases, *entry.benchmarks)
-    return entry.benchmarks if ON_GPU else entry.cases
+    return entry.benchmarks if ON_GPU and not small else entry.cases
 
 
-def _worst(op: str, case: Any, impl: str) -> str:
+def _worst(op: str, case: Any, impl: str, draws: int) -> str:
     if impl in SUITE[op].peers:
         return ""
-    found = suite.errors(op, case, impl)
+    found = suite.errors(op, case, impl, seeds=range(draws))
     name = max(found, key=found.__getitem__)
     return f"{found[name]:.1e} {name}"
 
@@ -117,7 +121,9 @@ def main(argv: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(SUITE)} (default: all)")
     parser.add_argument("--case", type=_comma, metavar="NAME,...", help="these cases only, test cases included")
+    parser.add_argument("--small", action="store_true", help="the small test cases, on a GPU too")
     parser.add_argument("--impl", type=_comma, metavar="NAME,...", help="these implementations and peers only")
+    parser.add_argument("--draws", type=int, default=1, help="random inputs that the error is the largest of")
     parser.add_argument("--no-check", action="store_true", help="leave out the comparison with the truth")
     flags = parser.parse_args(argv)
     if unknown := [op for op in flags.ops if op not in SUITE]:
@@ -125,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
     work = [
         (op, case)
         for op in flags.ops or SUITE
-        for case in _cases(op, named=bool(flags.case))
+        for case in _cases(op, named=bool(flags.case), small=flags.small)
         if not flags.case or case.name in flags.case
     ]
     if not work:
@@ -151,9 +157,10 @@ def main(argv: Sequence[str]) -> int:
             print(f"{op:17}{case.name:24}failed: {_short(error)}", flush=True)
             failed = True
             continue
-        for impl, reason in reasons.items():
-            if reason or (flags.impl and impl not in flags.impl):
-                continue
+        runnable = [impl for impl, reason in reasons.items() if not reason]
+        # The reference is there to be right: where something else runs too, it has to be asked for.
+        wanted = flags.impl or [impl for impl in runnable if impl != "reference" or impl == runnable[0]]
+        for impl in filter(wanted.__contains__, runnable):
             for backward in (False, True) if SUITE[op].backward else (False,):
                 direction = "fwd+bwd" if backward else "fwd"
                 print(f"{op:17}{case.name:24}{impl:16}{direction:9}", end="", flush=True)
@@ -166,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
                         end="  ",
                         flush=True,
                     )
-                    print("" if backward or flags.no_check else _worst(op, case, impl), flush=True)
+                    print("" if backward or flags.no_check else _worst(op, case, impl, flags.draws), flush=True)
                 except Exception as error:  # the other cases are still worth their time
                     print(f"  failed: {_short(error)}", flush=True)
                     failed = True

@@ -1,7 +1,7 @@
 """GPUs that are not there: programs compiled for them on any machine, all the way to machine code.
 
-Needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt, which `make compile-gpu` installs into an environment of its
-own; neither needs a GPU, a driver or CUDA. What XLA measures on a GPU (autotuning, cuDNN's plans) is left out.
+Needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt (no GPU, driver or CUDA), which `make compile-gpu` keeps apart
+from .venv: jax would look for a GPU if it saw them. What XLA measures on a GPU (autotuning, cuDNN's plans) is left out.
 """
 
 import contextlib
@@ -38,8 +38,9 @@ def devices(target: str, count: int = 1) -> list[Any]:
         )
     except Exception as error:
         raise RuntimeError(
-            f"no compiler for {target} here ({type(error).__name__}: {error}): it comes with the wheels "
-            "jax-cuda13-plugin and jax-cuda13-pjrt, which `make compile-gpu` installs into .venv-gpu"
+            f"no compiler for {target} here ({type(error).__name__}: {error}). It comes with the wheels "
+            "jax-cuda13-plugin and jax-cuda13-pjrt, which `make compile-gpu` installs into .cache/gpu-compiler: run "
+            "with PYTHONPATH=.cache/gpu-compiler JAX_PLATFORMS=cpu"
         ) from error
     return list(topology.devices)
 

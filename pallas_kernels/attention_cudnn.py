@@ -4,11 +4,15 @@ Packed documents are given to cuDNN as offsets and lengths, never as a mask: it 
 documents, and computes no gradient of a mask. The public `jax.nn.dot_product_attention` has no such argument, so the
 primitives beneath it are bound here (jax 0.11.2, jax/_src/cudnn/fused_attention_stablehlo.py).
 
-The number of documents of a call is static, that of the data is not. A call takes DOCUMENTS documents of each row; when
+The number of documents of a call is static, that of the data is not. A call takes so many documents of each row; when
 a row holds more, further calls take the rest, in a loop that otherwise runs zero times. So any number is exact.
 
-cuDNN returns the log-sum-exp of each query as [documents, heads, T]: kept for the backward pass, that would be
-DOCUMENTS times what it has to be. It is kept as [B, H, T] and spread out again.
+More documents a call cost memory and time, even where the rows have fewer. The workspace of cuDNN's backward pass is 8
+bytes for each element of q and each document ([2, 8192, 32, 128]: 129 GiB for 256 documents a row); on an H200, rows of
+16 documents took 1.7 ms with 16 a call and 3.8 ms with 64. So the backward pass takes fewer than the forward pass.
+
+cuDNN returns the log-sum-exp of each query as [documents, heads, T]: kept for the backward pass, that would be as
+many times what it has to be. It is kept as [B, H, T] and spread out again.
 
 Shapes: B batch, T time, H query heads, V key/value heads, D head dim, M documents of a row in one call.
 """
@@ -20,7 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-DOCUMENTS = 64
+FORWARD_DOCUMENTS = 32
+BACKWARD_BYTES = 2**32  # of workspace; exceeded where it holds no two documents a row, the fewest of a packed call
 
 _NO_BIAS = (False, False)  # neither a bias nor its gradient
 
@@ -59,19 +64,31 @@ def attention(
     run: jax.Array | None,
     *,
     scale: float,
-    documents: int = DOCUMENTS,
+    documents: tuple[int, int] | None = None,
 ) -> jax.Array:
-    """Causal attention within documents: run [B, T] from `run_ids`, or None where each row is one."""
-    time = q_BTHD.shape[1]
-    if run is None or time == 1:
+    """Causal attention within documents: run [B, T] from `run_ids`, or None where each row is one.
+
+    documents: how many of a row one call takes, forward and backward, at least 2; None to choose.
+    """
+    if run is None or q_BTHD.shape[1] == 1:
         return _whole_rows(scale, q_BTHD, k_BTVD, v_BTVD)
-    return _packed(scale, min(documents, time), q_BTHD, k_BTVD, v_BTVD, run)
+    return _packed(scale, documents_of_a_call(q_BTHD, documents), q_BTHD, k_BTVD, v_BTVD, run)
 
 
-def _bind(primitive, q_BTHD, operands, layout, scale, **params):
-    """operands: what follows the bias; layout: (query lengths, key lengths, query offsets, key offsets) or None."""
+def documents_of_a_call(q_BTHD: jax.Array, documents: tuple[int, int] | None = None) -> tuple[int, int]:
+    """How many documents of a row one call takes, forward and backward; `documents` if given."""
+    forward, backward = documents or (FORWARD_DOCUMENTS, max(2, BACKWARD_BYTES // (8 * q_BTHD.size)))
+    return min(forward, q_BTHD.shape[1]), min(backward, q_BTHD.shape[1])
+
+
+def _bind(primitive, q_BTHD, operands, layout, scale, causal=True, **params):
+    """operands: what follows the bias; layout: (query lengths, key lengths, query offsets, key offsets) or None.
+
+    causal: only where there is a layout may it be False.
+    """
     nothing = jnp.zeros(0, q_BTHD.dtype)
-    mask = cudnn.MaskType.CAUSAL if layout is None else cudnn.MaskType.PADDING_CAUSAL
+    of_documents = cudnn.MaskType.PADDING_CAUSAL if causal else cudnn.MaskType.PADDING
+    mask = cudnn.MaskType.CAUSAL if layout is None else of_documents
     q, k, v, *after = operands
     return primitive.bind(
         *(q, k, v, nothing),
@@ -89,13 +106,13 @@ def _bind(primitive, q_BTHD, operands, layout, scale, **params):
     )
 
 
-def _forward(scale, q, k, v, layout=None):
+def _forward(scale, q, k, v, layout=None, causal=True):
     """-> out [B, T, H, D], log-sum-exp [B * documents, H, T] float32."""
-    return _bind(cudnn._dot_product_attention_fwd_p_wrapper, q, (q, k, v), layout, scale, is_training=True)
+    return _bind(cudnn._dot_product_attention_fwd_p_wrapper, q, (q, k, v), layout, scale, causal, is_training=True)
 
 
-def _backward(scale, q, k, v, lse, out, dout, layout=None):
-    return _bind(cudnn._dot_product_attention_bwd_p_wrapper, q, (q, k, v, lse, out, dout), layout, scale)
+def _backward(scale, q, k, v, lse, out, dout, layout=None, causal=True):
+    return _bind(cudnn._dot_product_attention_bwd_p_wrapper, q, (q, k, v, lse, out, dout), layout, scale, causal)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -163,8 +180,8 @@ def _by_document(lse_BHT, starts):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _packed(scale, count, q, k, v, run):
-    return _packed_forward(scale, count, q, k, v, run)[0]
+def _packed(scale, counts, q, k, v, run):
+    return _packed_forward(scale, counts, q, k, v, run)[0]
 
 
 def _over_documents(run, count, some):
@@ -184,7 +201,9 @@ def _over_documents(run, count, some):
     return lax.while_loop(lambda state: state[0] < most, more, (jnp.int32(count), first_values))[1]
 
 
-def _packed_forward(scale, count, q, k, v, run):
+def _packed_forward(scale, counts, q, k, v, run):
+    count = counts[0]
+
     def some(first):
         starts, lengths = documents_from(run, first, count)
         out, lse = _forward(scale, q, k, v, _layout(starts, lengths))
@@ -195,7 +214,8 @@ def _packed_forward(scale, count, q, k, v, run):
     return out, (q, k, v, lse, out, run)
 
 
-def _packed_backward(scale, count, residuals, dout):
+def _packed_backward(scale, counts, residuals, dout):
+    count = counts[1]
     q, k, v, lse, out, run = residuals
 
     def some(first):

@@ -6,9 +6,8 @@ The last column of w reads the token itself. A tap counts only if the token that
 tokens before the row come from initial_state, which belongs to the document of token 0, and are zero without it.
 The state is the last K - 1 inputs in time order.
 
-Shift, multiply, add: XLA fuses it into one pass, where a grouped convolution becomes padded copies (measured); the
-pass also takes in a slice of its input and the split of its output. Its backward pass is three passes and a float32
-copy in XLA; "mosaic" keeps XLA's forward pass and has a backward pass of one (`causal_conv1d_mosaic.py`).
+"reference": shift, multiply, add; XLA fuses it into one pass, where a grouped convolution becomes padded copies.
+"mosaic": see causal_conv1d_mosaic.py.
 
 Shapes: B batch, T time, C channels, K taps.
 """
@@ -28,6 +27,10 @@ from pallas_kernels.dispatch import choose, require_shape
 from pallas_kernels.segments import run_ids
 
 ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {None: lambda pre: pre, "silu": jax.nn.silu}
+
+
+# Decoding: "mosaic" leaves calls of fewer tokens to XLA, which fuses them with what stands around.
+FEWEST_TOKENS = 16
 
 
 def causal_conv1d(
@@ -112,26 +115,28 @@ def causal_conv1d_reference(
 
 
 def _mosaic(x_BTC, w, bias, state_BKC, run, *, activation):
-    return _with_kernel(activation, x_BTC, w, bias, state_BKC, run)
+    if x_BTC.shape[1] < FEWEST_TOKENS:
+        return causal_conv1d_reference(x_BTC, w, bias, state_BKC, run, activation=activation)
+    return _kernels(activation == "silu", x_BTC, w, bias, state_BKC, run)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_kernel(activation, x_BTC, w, bias, state_BKC, run):
-    return causal_conv1d_reference(x_BTC, w, bias, state_BKC, run, activation=activation)
+def _kernels(silu, x_BTC, w, bias, state_BKC, run):
+    return causal_conv1d_mosaic.forward(x_BTC, w, bias, state_BKC, run, silu=silu)
 
 
-def _with_kernel_forward(activation, *operands):
-    return _with_kernel(activation, *operands), operands  # the pre-activation is computed again
+def _forward(silu, *operands):
+    return _kernels(silu, *operands), operands  # the pre-activation is computed again
 
 
-def _with_kernel_backward(activation, operands, dy_BTC):
+def _backward(silu, operands, dy_BTC):
     x_BTC, w, bias, state_BKC, run = operands
-    dx_BTC, *rest = causal_conv1d_mosaic.backward(x_BTC, w, bias, state_BKC, run, dy_BTC, silu=activation == "silu")
+    dx_BTC, *rest = causal_conv1d_mosaic.backward(x_BTC, w, bias, state_BKC, run, dy_BTC, silu=silu)
     grads = (None if z is None else dz.astype(z.dtype) for z, dz in zip((w, bias, state_BKC), rest, strict=True))
     return dx_BTC, *grads, None
 
 
-_with_kernel.defvjp(_with_kernel_forward, _with_kernel_backward)
+_kernels.defvjp(_forward, _backward)
 
 
 def final_state(x: jax.Array, initial_state: jax.Array | None, lengths: jax.Array, taps: int) -> jax.Array:
@@ -154,7 +159,7 @@ def final_state(x: jax.Array, initial_state: jax.Array | None, lengths: jax.Arra
     return jnp.take_along_axis(padded_BTC, index[..., None], axis=1)
 
 
-_IMPLEMENTATIONS = {"mosaic": _mosaic, "reference": causal_conv1d_reference}
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"mosaic": _mosaic, "reference": causal_conv1d_reference}
 
 
 class Case(NamedTuple):

@@ -12,9 +12,9 @@ import contextvars
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 SupportCheck = Callable[[], str]
 
@@ -112,9 +112,9 @@ def describe() -> dict[str, str]:
     return {op: choose(op) for op in OPS}
 
 
-def require_shape(op: str, name: str, array: jax.Array, legend: str, expected: tuple[int | None, ...]) -> None:
-    """Raise ValueError unless `array` has the `expected` shape (None: any size)."""
-    shape = jnp.shape(array)
+def require_shape(op: str, name: str, array: Any, legend: str, expected: tuple[int | None, ...]) -> None:
+    """Raise ValueError unless `array` (or packed weight) has the `expected` shape (None: any size)."""
+    shape = array.shape
     if len(shape) != len(expected) or any(e not in (None, s) for e, s in zip(expected, shape, strict=True)):
         want = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{op}: {name} must have shape {legend} = [{want}], got {list(shape)}")

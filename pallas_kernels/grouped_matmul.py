@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import grouped_matmul_mosaic
 from pallas_kernels.cost import BF16, Cost
 from pallas_kernels.dispatch import choose, require_shape
+from pallas_kernels.packed import Packed
 
 ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
     None: lambda z: z,
@@ -27,7 +28,7 @@ ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
 
 def grouped_matmul(
     lhs: jax.Array,
-    rhs: jax.Array,
+    rhs: jax.Array | Packed,
     group_sizes: jax.Array,
     *,
     activation: str | None = None,
@@ -37,7 +38,7 @@ def grouped_matmul(
 
     Args:
       lhs: [M, K], rows sorted by group.
-      rhs: [E, K, N].
+      rhs: [E, K, N]; a packed one gets no gradient.
       group_sizes: [E] int32, each >= 0 (0 is an empty group), sum <= M.
       activation: None, or "relu2" applied to the float32 product before it is rounded.
       impl: implementation name, None to choose (`dispatch.OPS`).
@@ -53,6 +54,10 @@ def grouped_matmul(
     require_shape("grouped_matmul", "group_sizes", group_sizes, "[E]", (rhs.shape[0],))
     if activation not in ACTIVATIONS:
         raise ValueError(f"grouped_matmul: activation must be 'relu2' or None, got {activation!r}")
+    if isinstance(rhs, Packed):
+        choose("grouped_matmul", impl, unfit=dict.fromkeys(("mosaic", "reference"), "packed weights"))
+        product = _packed_product(lhs, rhs, group_sizes.astype(jnp.int32))
+        return ACTIVATIONS[activation](product).astype(lhs.dtype)
     chosen = choose("grouped_matmul", impl, unfit={"mosaic": grouped_matmul_mosaic.unfit(lhs, rhs)})
     return _IMPLEMENTATIONS[chosen](lhs, rhs, group_sizes.astype(jnp.int32), activation)
 
@@ -119,6 +124,7 @@ def _multiply(lhs, rhs, group_sizes, spec):
     """
     rows = lhs.shape[0]
     width = rhs.shape[2] if spec.endswith("n") else rhs.shape[1]
+    packed = isinstance(rhs, Packed)
     block = _row_block(rows)
     dtype = jnp.promote_types(lhs.dtype, jnp.float32)
     padded = _pad_rows(lhs, block)
@@ -130,7 +136,8 @@ def _multiply(lhs, rhs, group_sizes, spec):
         def one_block(i, out):
             row = start + i * block
             taken = jax.lax.dynamic_slice_in_dim(padded, row, block)
-            product = jnp.einsum(spec, taken, weight, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+            dense = weight.operand(lhs.dtype) if packed else weight
+            product = jnp.einsum(spec, taken, dense, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
             return jax.lax.dynamic_update_slice_in_dim(out, product, row, axis=0)
 
         return jax.lax.fori_loop(0, -(-size // block), one_block, out), None
@@ -138,6 +145,31 @@ def _multiply(lhs, rhs, group_sizes, spec):
     out = jnp.zeros((rows + block, width), dtype)
     out, _ = jax.lax.scan(one_group, out, (rhs, ends - group_sizes, group_sizes))
     return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out[:rows], 0)
+
+
+@jax.custom_vjp
+def _packed_product(lhs, rhs, group_sizes):
+    """[M, N] float32. Each expert is unpacked when its rows are multiplied, so one is dense at a time."""
+    return _scaled(_multiply(lhs, rhs, group_sizes, "mk,nk->mn"), rhs, group_sizes)
+
+
+def _packed_fwd(lhs, rhs, group_sizes):
+    return _packed_product(lhs, rhs, group_sizes), (rhs, group_sizes, jnp.zeros((), lhs.dtype))
+
+
+def _packed_bwd(residuals, d_out):
+    rhs, group_sizes, like_lhs = residuals
+    d_lhs = _multiply(d_out.astype(like_lhs.dtype), rhs, group_sizes, "mn,nk->mk")
+    return _scaled(d_lhs, rhs, group_sizes).astype(like_lhs.dtype), None, None
+
+
+_packed_product.defvjp(_packed_fwd, _packed_bwd)
+
+
+def _scaled(product, rhs, group_sizes):
+    """Each row times the scale of its expert."""
+    rows = product.shape[0]
+    return product * jnp.repeat(rhs.scale, group_sizes, total_repeat_length=rows)[:, None]
 
 
 def _outer_products(lhs, d_out, group_sizes):

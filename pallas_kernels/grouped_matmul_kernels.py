@@ -1,21 +1,21 @@
 """The kernels of the grouped matmul on Hopper (Mosaic GPU, sm_90a); grouped_matmul_mosaic.py calls them.
 
-One schedule serves the three. A persistent grid, one block per multiprocessor, walks over the tiles of the output.
-Warpgroup 2 of a block loads operands by TMA into a ring of `stages` slots that runs on across tiles, so that the loads
-of the next tile start during the epilogue of this one; warpgroups 0 and 1 multiply. They either share each tile, 64
-of its 128 rows each, or take whole tiles in turn (`alternate`), which hides one's epilogue behind the other's products.
+One schedule serves the product and both gradients. A persistent grid, one block per multiprocessor, walks over the
+tiles of the output, 128 rows of `columns` columns each. Warpgroup 2 of a block loads operands by TMA into a ring of
+slots that runs on across tiles, so that the loads of the next tile start during the epilogue of this one; warpgroups 0
+and 1 multiply, 64 of the tile's rows each. Where one of them has no rows it lets the other have the tensor cores, and
+the last tile of N is multiplied only as far as N goes.
 
-Groups start at any row, and nothing is padded or copied in device memory. The tiles of a group start at its first row
-rounded down to 8 (the granularity of a swizzled TMA load) and store only the rows that they own: whole blocks of 64
-rows by one TMA store, others by a ladder of stores of 32, 16, .. 1 rows, so that every row is written once, by one
-block, and results are the same bit for bit in every run. In the gradient to rhs the rows of other groups are zeroed in
-shared memory, in the first and last step of a group alone.
+Nothing is padded or copied in device memory. In products with the weights the tiles of a group start at its first row,
+and those past its last are not stored: every row is written once, by one block, so results are the same bit for bit in
+every run. In the gradient to rhs, steps start at multiples of 8 rows, and rows of other groups are zeroed in shared
+memory, in the first and last step of a group alone.
 
-Shapes: M rows, K inputs, N outputs, E groups, T row tiles, S slots of a ring.
+Shapes: M rows, K inputs, N outputs, E groups, T row tiles.
 """
 
-import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,340 +24,294 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import WGMMA, kernel_call
+from pallas_kernels.mosaic import WGMMA, Interpret, kernel_call
 from pallas_kernels.mosaic import tiles as swizzled
 
 NUM_SMS = 132  # H100 SXM, H200, GH200
-SHARED_MEMORY = 232448 - 2048  # bytes a block may use, less barriers and alignment
 TILE_ROWS = 128
 STEP = 64  # contraction per slot of the ring: one swizzle atom of 128 bytes
+STAGES = 4  # slots of the ring
 ALIGN = 8  # rows of a swizzle atom
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a product is cut: the output in tiles of 128 rows and `columns` columns."""
-
-    columns: int
-    stages: int
-    cluster: int = 1  # 2: two blocks take neighbouring columns and receive the tile of lhs that they share by multicast
-    alternate: bool = False
-
-    @property
-    def store_slots(self) -> int:
-        """Buffers [64, 64] for each warpgroup's results on their way out: as many as fit, at most one tile's."""
-        left = SHARED_MEMORY - self.stages * (TILE_ROWS + self.columns) * STEP * 2
-        return min(left // (2 * 64 * 64 * 2), self.columns // 64, 4)
+def _out_buffers(columns):
+    """Buffers [64, 64] for each warpgroup's results on their way out: a tile's, or as many as the ring leaves."""
+    return min(columns // 64, 3 if columns <= 192 else 2)
 
 
 class RowTiles(NamedTuple):
-    """Row tile t covers rows row[t] .. + 127 and owns begin[t] .. end[t] - 1 of them, which belong to group[t].
+    """Row tile t is rows row[t] .. min(row[t] + 128, end[t]) - 1, of group[t], which ends at row end[t].
 
     The rows past the last group form one more group, number E, whose tiles store zeros. Int32.
     """
 
     group: jax.Array  # [T]
     row: jax.Array  # [T]
-    begin: jax.Array  # [T]
     end: jax.Array  # [T]
     last: jax.Array  # [E + 1], tiles up to each group's last: at the end, how many are in use
     starts: jax.Array  # [E + 1], first row of each group, and the end of the last
 
 
 class _Ring(NamedTuple):
-    """Slots of shared memory between the loading and the multiplying warpgroups."""
+    """Barriers of the slots: `full` after both loads, `free` after both multiplying warpgroups are done."""
 
-    plan: Plan
     full: Any
     free: Any
 
-    def slot(self, step):
-        return lax.rem(step, jnp.int32(self.plan.stages))
 
-    def full_barrier(self, slot, tile):
-        """Who waits at a barrier has to wait for each of its phases: warpgroups that take turns need their own."""
-        owner = lax.rem(tile, jnp.int32(2)) if self.plan.alternate else 0
-        return self.full.at[owner * self.plan.stages + slot]
+_BARRIERS = _Ring(*[plgpu.Barrier(num_arrivals=2, num_barriers=STAGES)] * 2)
 
 
-def _barriers(plan: Plan) -> list[Any]:
-    """`full`: the two loads of a slot; `free`: its readers, in every block that a multicast writes to."""
-    readers = 1 if plan.alternate else 2
-    full = plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages * (2 if plan.alternate else 1))
-    if plan.cluster == 1:
-        return [full, plgpu.Barrier(num_arrivals=readers, num_barriers=plan.stages)]
-    free = plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=readers, num_barriers=plan.stages)
-    return [full, free]
+def _slot(step):
+    return lax.rem(step, jnp.int32(STAGES))
 
 
-def _shared_by_cluster(plan):
-    return None if plan.cluster == 1 else "block"
-
-
-def _launch(body, plan, out, scratch, *operands):
-    return kernel_call(
+def _launch(body, out, scratch, interpret, *operands):
+    call = kernel_call(
         body,
         warpgroups=3,
-        interpret=None,
+        interpret=interpret,
         out_type=out,
         scratch_types=scratch,
-        grid=(NUM_SMS // plan.cluster,),
+        grid=(NUM_SMS,),
         grid_names=("sm",),
-        cluster=() if plan.cluster == 1 else (plan.cluster,),
-        cluster_names=() if plan.cluster == 1 else ("block",),
-    )(*operands)
+    )
+    return call(*operands)
 
 
-def _my_share(tiles, plan):
-    """Tiles of this cluster, number and function of the index: neighbours in time are neighbours in memory."""
-    sm, stride = lax.axis_index("sm"), NUM_SMS // plan.cluster
-    return lax.div(tiles - sm + (stride - 1), jnp.int32(stride)), lambda i: sm + i * stride
-
-
-def _my_column(column, plan):
-    return column if plan.cluster == 1 else column * plan.cluster + lax.axis_index("block")
+def _my_share(tiles):
+    """This block's tiles, number and function of the index: neighbours in time are neighbours in memory."""
+    sm = lax.axis_index("sm")
+    return lax.div(tiles - sm + (NUM_SMS - 1), jnp.int32(NUM_SMS)), lambda i: sm + i * NUM_SMS
 
 
 def _fill(ring, tiles, steps_of, load_of):
-    """The loading warpgroup: every step of every tile in turn."""
+    """The loading warpgroup: every step of every tile in turn. load_of(i)(k, slot, barrier) loads step k of tile i."""
     plgpu.set_max_registers(40, action="decrease")
 
     def one_tile(i, step):
         load = load_of(i)
 
         def one_step(k, step):
-            slot = ring.slot(step)
+            slot = _slot(step)
 
-            @pl.when(step >= ring.plan.stages)
+            @pl.when(step >= STAGES)
             def _():
                 plgpu.barrier_wait(ring.free.at[slot])
 
-            load(k, slot, ring.full_barrier(slot, i))
+            load(k, slot, ring.full.at[slot])
             return step + 1
 
         return lax.fori_loop(0, steps_of(i), one_step, step)
 
     steps = lax.fori_loop(0, tiles, one_tile, jnp.int32(0))
 
-    def drain(step, _):  # a block may not leave before its last slots were read
-        plgpu.barrier_wait(ring.free.at[ring.slot(step)])
+    def drain(step, _):  # a barrier's phases must all be waited for
+        plgpu.barrier_wait(ring.free.at[_slot(step)])
 
-    lax.fori_loop(jnp.maximum(steps - ring.plan.stages, 0), steps, drain, None)
+    lax.fori_loop(jnp.maximum(steps - STAGES, 0), steps, drain, None)
 
 
-def _multiply_tiles(ring, tiles, steps_of, work_of):
-    """A multiplying warpgroup: its share of every tile.
+class _Work(NamedTuple):
+    """A multiplying warpgroup's part of a tile: 64 rows."""
 
-    work_of(i) returns (has_rows, multiply, store) of tile i: multiply(acc, k, slot) starts the products of step k,
-    store(acc) takes the sum.
-    """
-    plan, warpgroup = ring.plan, lax.axis_index("wg")
+    needed: Any  # whether there is any
+    columns_left: Any  # from the tile's first column on
+    multiply: Callable[..., None]  # (accumulator, step, slot): start the products of a step
+    store: Callable[..., None]  # (sum [64, the tile's columns])
+
+
+def _multiply_tiles(ring, tiles, columns, outputs, steps_of, work_of):
+    """A multiplying warpgroup: its part of every tile; work_of(i): the `_Work` of tile i."""
     plgpu.set_max_registers(232, action="increase")
-    rows = TILE_ROWS if plan.alternate else TILE_ROWS // 2
+    last_columns = outputs % columns
 
     def one_tile(i, first_step):
-        steps = steps_of(i)
+        steps, work = steps_of(i), work_of(i)
 
-        def work():
-            has_rows, multiply, store = work_of(i)
-
-            @pl.when(has_rows)
-            def compute():
-                def products(acc):
-                    def one_step(k, _):
-                        slot = ring.slot(first_step + k)
-                        plgpu.barrier_wait(ring.full_barrier(slot, i))
-                        multiply(acc, k, slot)
-                        plgpu.wgmma_wait(1)
-
-                        @pl.when(k > 0)  # the products before these are done
-                        def free_slot():
-                            plgpu.barrier_arrive(ring.free.at[ring.slot(first_step + k - 1)])
-
-                    lax.fori_loop(0, steps, one_step, None)
-                    plgpu.wgmma_wait(0)
-
-                    @pl.when(steps > 0)
-                    def free_last_slot():
-                        plgpu.barrier_arrive(ring.free.at[ring.slot(first_step + steps - 1)])
-
-                    return acc[...]
-
-                store(pl.run_scoped(products, plgpu.ACC((rows, plan.columns), jnp.float32)))
-
-            @pl.when(~has_rows)
-            def pass_by():
+        def compute(width):
+            def products(acc):
                 def one_step(k, _):
-                    slot = ring.slot(first_step + k)
-                    plgpu.barrier_wait(ring.full_barrier(slot, i))
-                    plgpu.barrier_arrive(ring.free.at[slot])
+                    slot = _slot(first_step + k)
+                    plgpu.barrier_wait(ring.full.at[slot])
+                    work.multiply(acc, k, slot)
+                    plgpu.wgmma_wait(1)
+
+                    @pl.when(k > 0)  # the products before these are done
+                    def free_slot():
+                        plgpu.barrier_arrive(ring.free.at[_slot(first_step + k - 1)])
 
                 lax.fori_loop(0, steps, one_step, None)
+                plgpu.wgmma_wait(0)
 
-        if plan.alternate:
-            pl.when(lax.rem(i, jnp.int32(2)) == warpgroup)(work)
-        else:
-            work()
+                @pl.when(steps > 0)
+                def free_last_slot():
+                    plgpu.barrier_arrive(ring.free.at[_slot(first_step + steps - 1)])
+
+                return acc[...]
+
+            work.store(pl.run_scoped(products, plgpu.ACC((64, width), jnp.float32)))
+
+        def pass_by():
+            def one_step(k, _):
+                slot = _slot(first_step + k)
+                plgpu.barrier_wait(ring.full.at[slot])
+                plgpu.barrier_arrive(ring.free.at[slot])
+
+            lax.fori_loop(0, steps, one_step, None)
+
+        is_whole = work.columns_left >= columns
+        if outputs >= columns:
+            pl.when(work.needed & is_whole)(lambda: compute(columns))
+        if last_columns:
+            pl.when(work.needed & ~is_whole)(lambda: compute(last_columns))
+        pl.when(~work.needed)(pass_by)
         return first_step + steps
 
     lax.fori_loop(0, tiles, one_tile, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 
-def _my_blocks(plan, row):
-    """First row of each block of 64 of a tile that this warpgroup computes."""
-    return [row, row + 64] if plan.alternate else [row + 64 * lax.axis_index("wg")]
+def _next_buffer(column, columns):
+    """The buffer for the block at `column` of a tile, once its last store has left it: buffers take turns."""
+    buffers = _out_buffers(columns)
+    plgpu.wait_smem_to_gmem(0 if column == 0 else buffers - 1, wait_read_only=True)
+    return column // 64 % buffers
 
 
 def multiply_rows(
     lhs: jax.Array,
     rhs_EKN: jax.Array,
     tiles: RowTiles,
-    plan: Plan,
+    columns: int,
     *,
     transposed: bool = False,
     activation: str | None = None,
+    interpret: Interpret = None,
 ) -> jax.Array:
-    """lhs [M, K] times each group's matrix, rhs [E, K, N] or, transposed, [E, N, K] -> [M, N].
+    """lhs [M, K] times each group's matrix, rhs [E, K, N] or, transposed, [E, N, K] -> [M, N], bfloat16.
 
-    M is a multiple of 8, K and N of 64. activation "relu2": max(z, 0)^2, before the result is rounded.
+    K and N are multiples of 64. activation "relu2": max(z, 0)^2, before the result is rounded.
     """
     rows, inputs = lhs.shape
     groups = rhs_EKN.shape[0]
     outputs = rhs_EKN.shape[1 if transposed else 2]
-    columns, slots = plan.columns, plan.store_slots
-    column_tiles = pl.cdiv(outputs, columns * plan.cluster)
+    column_tiles = pl.cdiv(outputs, columns)
     input_steps = pl.cdiv(inputs, STEP)
 
     def body(*refs):
-        # The same bytes twice: swizzled for whole blocks, row by row for the rest. One pair for each warpgroup, so that
-        # the race detector sees what is whose.
-        shape = (slots, 64, 64)
-        union = plgpu.RefUnion(swizzled(*shape, dtype=lhs.dtype), plgpu.SMEM(shape, lhs.dtype))
-        pl.run_scoped(functools.partial(work, *refs), union, union, collective_axes="wg")
+        views = [_any_row(STAGES, TILE_ROWS, STEP, interpret), _any_row(2 * _out_buffers(columns), 64, 64, interpret)]
+        pl.run_scoped(functools.partial(work, *refs), *views, collective_axes="wg")
 
-    def work(group, row, begin, end, last, lhs_hbm, rhs_hbm, out_hbm, lhs_smem, rhs_smem, full, free, *buffers):
+    def work(group, row, end, last, lhs_hbm, rhs_hbm, out_hbm, rhs_smem, full, free, lhs_views, out_views):
         warpgroup = lax.axis_index("wg")
-        ring = _Ring(plan, full, free)
-        my_tiles, tile_of = _my_share(last[groups] * column_tiles, plan)
+        ring = _Ring(full, free)
+        my_tiles, tile_of = _my_share(last[groups] * column_tiles)
+        lhs_smem, lhs_by_row = _views(lhs_views, interpret)
+        out_smem, out_by_row = _views(out_views, interpret)
 
         def place(i):
             """Row tile and first column of tile i."""
-            column = _my_column(lax.rem(tile_of(i), jnp.int32(column_tiles)), plan)
-            return lax.div(tile_of(i), jnp.int32(column_tiles)), column * columns
+            tile, column = lax.div(tile_of(i), jnp.int32(column_tiles)), lax.rem(tile_of(i), jnp.int32(column_tiles))
+            return tile, column * columns
 
         def steps_of(i):
             return jnp.where(group[place(i)[0]] < groups, input_steps, 0)
 
         def load_of(i):
             tile, column = place(i)
-            row_slice = pl.ds(pl.multiple_of(row[tile], ALIGN), TILE_ROWS)
-            column_slice = pl.ds(column, columns)
+            row_slice, column_slice = pl.ds(row[tile], TILE_ROWS), pl.ds(column, columns)
             weight = rhs_hbm.at[jnp.minimum(group[tile], groups - 1)]
 
             def load(k, slot, barrier):
                 k_slice = pl.ds(k * STEP, STEP)
-                left = lhs_hbm.at[row_slice, k_slice]
                 right = weight.at[column_slice, k_slice] if transposed else weight.at[k_slice, column_slice]
-                plgpu.copy_gmem_to_smem(left, lhs_smem.at[slot], barrier, collective_axes=_shared_by_cluster(plan))
+                plgpu.copy_gmem_to_smem(lhs_hbm.at[row_slice, k_slice], lhs_by_row.at[slot], barrier)
                 plgpu.copy_gmem_to_smem(right, rhs_smem.at[slot], barrier)
 
             return load
 
         def work_of(i):
             tile, column = place(i)
-            blocks = _my_blocks(plan, row[tile])
-            owned = [(jnp.clip(begin[tile] - r, 0, 64), jnp.clip(end[tile] - r, 0, 64)) for r in blocks]
+            first = row[tile] + 64 * warpgroup
+            size = jnp.clip(end[tile] - first, 0, 64)
 
             def multiply(acc, k, slot):
-                left, right = lhs_smem.at[slot], rhs_smem.at[slot]
-                if not plan.alternate:
-                    left = left.at[pl.ds(pl.multiple_of(64 * warpgroup, 64), 64)]
-                plgpu.wgmma(acc, left, right.transpose((1, 0)) if transposed else right)
+                left = lhs_smem.at[slot, pl.ds(pl.multiple_of(64 * warpgroup, 64), 64)]
+                used = pl.ds(0, acc.shape[1])
+                right = rhs_smem.at[slot]
+                plgpu.wgmma(acc, left, right.at[used].transpose((1, 0)) if transposed else right.at[:, used])
 
             def store(acc):
                 if activation == "relu2":
                     acc = jnp.square(jnp.maximum(acc, 0.0))
-                for w in (0, 1):
-                    pl.when(warpgroup == w)(functools.partial(store_into, buffers[w], acc))
+                for c in range(0, acc.shape[1], 64):
+                    buffer = warpgroup * _out_buffers(columns) + _next_buffer(c, columns)
+                    out_smem[buffer] = acc[:, c : c + 64].astype(out_hbm.dtype)
+                    plgpu.commit_smem()
+                    _store_rows(out_by_row.at[buffer], out_hbm.at[:, pl.ds(column + c, 64)], first, size)
 
-            def store_into(buffers, acc):
-                whole_smem, part_smem = buffers
-                for b, (low, high) in enumerate(owned):
-                    for c in range(0, columns, 64):
-                        buffer = _next_buffer(c, slots)
-
-                        @pl.when((high > low) & (column + c < outputs))
-                        def _(b=b, c=c, low=low, high=high, buffer=buffer):
-                            block = acc[64 * b : 64 * (b + 1), c : c + 64].astype(out_hbm.dtype)
-                            out = out_hbm.at[:, pl.ds(column + c, 64)]
-                            _store_rows(block, low, high, whole_smem.at[buffer], part_smem.at[buffer], out, blocks[b])
-
-            return sum(high - low for low, high in owned) > 0, multiply, store
+            return _Work(size > 0, outputs - column, multiply, store)
 
         pl.when(warpgroup == 2)(lambda: _fill(ring, my_tiles, steps_of, load_of))
-        pl.when(warpgroup < 2)(lambda: _multiply_tiles(ring, my_tiles, steps_of, work_of))
+        pl.when(warpgroup < 2)(lambda: _multiply_tiles(ring, my_tiles, columns, outputs, steps_of, work_of))
 
-    scratch = [
-        swizzled(plan.stages, TILE_ROWS, STEP, dtype=lhs.dtype),
-        swizzled(plan.stages, *((columns, STEP) if transposed else (STEP, columns)), dtype=rhs_EKN.dtype),
-        *_barriers(plan),
-    ]
+    right = swizzled(STAGES, *((columns, STEP) if transposed else (STEP, columns)))
     out = jax.ShapeDtypeStruct((rows, outputs), lhs.dtype)
-    return _launch(body, plan, out, scratch, *tiles[:5], lhs, rhs_EKN)
+    return _launch(body, out, [right, *_BARRIERS], interpret, *tiles[:4], lhs, rhs_EKN)
 
 
-def _next_buffer(column, slots):
-    """Wait until the buffer of a block [64, 64] may be written: they take turns along the columns of a tile."""
-    plgpu.wait_smem_to_gmem(0 if column == 0 else slots - 1, wait_read_only=True)
-    return column // 64 % slots
+def _any_row(count, rows, columns, interpret):
+    """bfloat16 [count, rows, 64] in shared memory, of which a TMA copy may take any rows, to and from any rows.
+
+    wgmma wants swizzled tiles of 8 rows; where an array is one tile wide they follow each other, so the same bytes are
+    swizzled rows. The swizzle goes by the address, so it is the same wherever a copy starts (CUDA C++ programming
+    guide, "Swizzle pattern pointer offset computation"). The interpreter has no layouts and needs no second view.
+    """
+    by_tile = swizzled(count, rows, columns)
+    if interpret is not None:
+        return by_tile
+    swizzle = plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+    return plgpu.RefUnion(by_tile, plgpu.SMEM((count, rows, columns), jnp.bfloat16, transforms=(swizzle,)))
 
 
-def _store_rows(block, low, high, whole_smem, part_smem, out_hbm, row):
-    """Start to store rows low .. high - 1 of `block` [64, 64] -> out[row + low : row + high]."""
-    owned = high - low
-
-    @pl.when(owned == 64)
-    def store_whole():
-        whole_smem[...] = block
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(whole_smem, out_hbm.at[pl.ds(pl.multiple_of(row, ALIGN), 64)])
-
-    @pl.when(owned < 64)
-    def store_part():
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        part_smem[...] = block
-        plgpu.commit_smem()
-        for size in (32, 16, 8, 4, 2, 1):
-            at = low + (owned & -2 * size)
-
-            @pl.when((owned & size) != 0)
-            def _(size=size, at=at):
-                plgpu.copy_smem_to_gmem(part_smem.at[pl.ds(at, size)], out_hbm.at[pl.ds(row + at, size)])
+def _views(allocated, interpret):
+    """The two views of `_any_row`: for wgmma and stores of registers, and for TMA."""
+    return (allocated, allocated) if interpret is not None else tuple(allocated)
 
 
-def outer_products(lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan, dtype: Any) -> jax.Array:
-    """lhs [M, K], d_out [M, N] -> [E, K, N] of `dtype` (2 bytes): per group lhs^T d_out, zero for empty groups.
+def _store_rows(block_smem, out_hbm, row, count):
+    """Start to store the first `count` rows, 1 to 64, of a block [64, 64] -> out[row : row + count]."""
+    for size in (64, 32, 16, 8, 4, 2, 1):
+        at = count & -2 * size
+
+        @pl.when((count & size) != 0)
+        def _(size=size, at=at):
+            plgpu.copy_smem_to_gmem(block_smem.at[pl.ds(at, size)], out_hbm.at[pl.ds(row + at, size)])
+
+
+def outer_products(
+    lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, columns: int, *, interpret: Interpret = None
+) -> jax.Array:
+    """lhs [M, K], d_out [M, N] -> [E, K, N]: per group lhs^T d_out, zero for empty groups, bfloat16.
 
     M is a multiple of 8, K and N of 64. Rows past the last group may hold anything.
     """
     inputs, outputs = lhs.shape[1], d_out.shape[1]
     groups = tiles.starts.shape[0] - 1
-    columns, slots = plan.columns, plan.store_slots
-    column_tiles = pl.cdiv(outputs, columns * plan.cluster)
-    row_tiles_ = pl.cdiv(inputs, TILE_ROWS)
-    per_group = row_tiles_ * column_tiles
+    column_tiles = pl.cdiv(outputs, columns)
+    per_group = pl.cdiv(inputs, TILE_ROWS) * column_tiles
 
-    def body(starts, lhs_hbm, d_out_hbm, out_hbm, lhs_smem, d_out_smem, store_smem, full, free, masked):
+    def body(starts, lhs_hbm, d_out_hbm, out_hbm, lhs_smem, d_out_smem, out_smem, full, free, masked):
         warpgroup = lax.axis_index("wg")
-        ring = _Ring(plan, full, free)
-        my_tiles, tile_of = _my_share(jnp.int32(groups * per_group), plan)
+        ring = _Ring(full, free)
+        my_tiles, tile_of = _my_share(jnp.int32(groups * per_group))
 
         def place(i):
             """Group, first row (an input) and first column (an output) of tile i."""
             within = lax.rem(tile_of(i), jnp.int32(per_group))
-            column = _my_column(lax.rem(within, jnp.int32(column_tiles)), plan)
-            return lax.div(tile_of(i), jnp.int32(per_group)), lax.div(within, jnp.int32(column_tiles)), column
+            row, column = lax.div(within, jnp.int32(column_tiles)), lax.rem(within, jnp.int32(column_tiles))
+            return lax.div(tile_of(i), jnp.int32(per_group)), row * TILE_ROWS, column * columns
 
         def span(group):
             """Rows of the group, and the aligned row that its first step starts at."""
@@ -373,82 +327,65 @@ def outer_products(lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, plan: Plan
 
             def load(k, slot, barrier):
                 row_slice = pl.ds(pl.multiple_of(first + k * STEP, ALIGN), STEP)
-                plgpu.copy_gmem_to_smem(
-                    lhs_hbm.at[row_slice, pl.ds(row * TILE_ROWS, TILE_ROWS)],
-                    lhs_smem.at[slot],
-                    barrier,
-                    collective_axes=_shared_by_cluster(plan),
-                )
-                plgpu.copy_gmem_to_smem(
-                    d_out_hbm.at[row_slice, pl.ds(column * columns, columns)], d_out_smem.at[slot], barrier
-                )
+                plgpu.copy_gmem_to_smem(lhs_hbm.at[row_slice, pl.ds(row, TILE_ROWS)], lhs_smem.at[slot], barrier)
+                plgpu.copy_gmem_to_smem(d_out_hbm.at[row_slice, pl.ds(column, columns)], d_out_smem.at[slot], barrier)
 
             return load
 
         def work_of(i):
-            group, row, column = place(i)
+            group, tile_row, column = place(i)
             begin, end, first = span(group)
-            rows = _my_blocks(plan, row * TILE_ROWS)
+            row = tile_row + 64 * warpgroup
 
             def multiply(acc, k, slot):
                 low, high = begin - first - k * STEP, end - first - k * STEP
+                left = lhs_smem.at[slot, :, pl.ds(pl.multiple_of(64 * warpgroup, 64), 64)]
                 right = d_out_smem.at[slot]
-                columns_read = [0, 64] if plan.alternate else [pl.multiple_of(64 * warpgroup, 64)]
-                mine = [lhs_smem.at[slot, :, pl.ds(c, 64)] for c in columns_read]
 
-                # Rows of other groups: zeros in the columns of lhs that this warpgroup reads. Past the last group
-                # d_out is masked too, since 0 * NaN is NaN.
                 @pl.when((low > 0) | (high < STEP))
-                def _():
-                    for ref in mine:
-                        _keep_rows(ref, low, high)
+                def mask_lhs():  # the columns that only this warpgroup reads
+                    _keep_rows(left, low, high)
                     plgpu.commit_smem()
 
+                # Rows past the last group may be NaN, and 0 * NaN is NaN: there, each masks half of what both read.
                 @pl.when(first + (k + 1) * STEP > starts[groups])
-                def _():
+                def mask_d_out():
                     for n in range(columns // 64):
-                        mask = functools.partial(_keep_rows, right.at[:, pl.ds(64 * n, 64)], low, high)
-                        if plan.alternate:
-                            mask()
-                        else:
-                            pl.when(warpgroup == n % 2)(mask)
+                        block = right.at[:, pl.ds(64 * n, 64)]
+                        pl.when(warpgroup == n % 2)(functools.partial(_keep_rows, block, low, high))
                     plgpu.commit_smem()
-                    if not plan.alternate:
-                        plgpu.barrier_arrive(masked)
-                        plgpu.barrier_wait(masked)
+                    plgpu.barrier_arrive(masked)
+                    plgpu.barrier_wait(masked)
 
-                left = lhs_smem.at[slot] if plan.alternate else mine[0]
-                plgpu.wgmma(acc, left.transpose((1, 0)), right)
+                plgpu.wgmma(acc, left.transpose((1, 0)), right.at[:, pl.ds(0, acc.shape[1])])
 
             def store(acc):
-                for b, first_row in enumerate(rows):
-                    for c in range(0, columns, 64):
-                        at = column * columns + c
-                        buffer = _next_buffer(c, slots)
+                for c in range(0, acc.shape[1], 64):
+                    buffer = _next_buffer(c, columns)
 
-                        @pl.when((first_row < inputs) & (at < outputs))
-                        def _(b=b, c=c, first_row=first_row, at=at, buffer=buffer):
-                            block = store_smem.at[warpgroup, buffer]
-                            block[...] = acc[64 * b : 64 * (b + 1), c : c + 64].astype(dtype)
-                            plgpu.commit_smem()
-                            plgpu.copy_smem_to_gmem(block, out_hbm.at[group, pl.ds(first_row, 64), pl.ds(at, 64)])
+                    @pl.when(row < inputs)
+                    def _(c=c, buffer=buffer):
+                        block = out_smem.at[warpgroup, buffer]
+                        block[...] = acc[:, c : c + 64].astype(out_hbm.dtype)
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(block, out_hbm.at[group, pl.ds(row, 64), pl.ds(column + c, 64)])
 
             # The two warpgroups meet where d_out is masked: there, neither may pass by.
             meets = first + steps_of(i) * STEP > starts[groups]
-            return (rows[0] < inputs) | meets, multiply, store
+            return _Work((row < inputs) | meets, outputs - column, multiply, store)
 
         pl.when(warpgroup == 2)(lambda: _fill(ring, my_tiles, steps_of, load_of))
-        pl.when(warpgroup < 2)(lambda: _multiply_tiles(ring, my_tiles, steps_of, work_of))
+        pl.when(warpgroup < 2)(lambda: _multiply_tiles(ring, my_tiles, columns, outputs, steps_of, work_of))
 
     scratch = [
-        swizzled(plan.stages, STEP, TILE_ROWS, dtype=lhs.dtype),
-        swizzled(plan.stages, STEP, columns, dtype=d_out.dtype),
-        swizzled(2, slots, 64, 64, dtype=dtype),
-        *_barriers(plan),
+        swizzled(STAGES, STEP, TILE_ROWS),
+        swizzled(STAGES, STEP, columns),
+        swizzled(2, _out_buffers(columns), 64, 64),
+        *_BARRIERS,
         plgpu.Barrier(num_arrivals=2),
     ]
-    out = jax.ShapeDtypeStruct((groups, inputs, outputs), dtype)
-    return _launch(body, plan, out, scratch, tiles.starts, lhs, d_out)
+    out = jax.ShapeDtypeStruct((groups, inputs, outputs), d_out.dtype)
+    return _launch(body, out, scratch, interpret, tiles.starts, lhs, d_out)
 
 
 def _keep_rows(ref, low, high):

@@ -13,18 +13,27 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
-from pallas_kernels.grouped_matmul_kernels import ALIGN, TILE_ROWS, Plan, RowTiles, multiply_rows, outer_products
+from pallas_kernels.grouped_matmul_kernels import ALIGN, TILE_ROWS, RowTiles, multiply_rows, outer_products
+from pallas_kernels.mosaic import Interpret
 
 
-def choose_plan(direction: str, rows: int, inputs: int, outputs: int, groups: int) -> Plan:
-    """The fastest plan measured for such shapes; direction: "forward", "d_lhs" or "d_rhs"."""
-    del direction, inputs
-    if rows <= 4 * groups:  # bound by reading the weights: many small tiles keep all multiprocessors at it
-        return Plan(columns=64, stages=8)
-    fits = min((192, 256, 128, 64), key=lambda c: (pl.cdiv(outputs, c) * c * (1 + 16 / c), -c))
-    return Plan(columns=fits, stages={256: 4, 192: 4, 128: 6, 64: 8}[fits])
+def tile_columns(outputs: int) -> int:
+    """Columns of the output that a tile has, by what was fastest.
+
+    Milliseconds on an H200 with an earlier form of these kernels, in which the last tile of N cost a whole one whatever
+    N was; 98,304 rows in 128 groups (Nano), 180,224 in 512 (Super), random sizes, the largest 3 times the mean.
+
+        N     product                256 columns    192     128
+        1856  Nano up, forward               1.62   1.57   1.78
+        1856  Nano up, d_rhs                 1.67   1.61   1.87
+        2688  Nano up, d_lhs                 1.67   1.59   1.79
+        2688  Super up, forward              1.91   1.82   2.09
+        2688  Super up, d_rhs                2.03   1.98   2.23
+        1024  Super up, d_lhs                1.78   2.05   1.90
+        2688  Super, decoding 22 rows               0.052  0.057
+    """
+    return 256 if outputs % 256 == 0 and outputs % 192 else 192
 
 
 def unfit(lhs: jax.Array, rhs: jax.Array) -> str:
@@ -38,34 +47,31 @@ def unfit(lhs: jax.Array, rhs: jax.Array) -> str:
     return ""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul_mosaic(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, activation: str | None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_matmul_mosaic(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, activation: str | None, interpret: Interpret = None
+) -> jax.Array:
     """[M, K], [E, K, N], [E] int32 -> [M, N], all bfloat16."""
-    return _forward(lhs, rhs, group_sizes, activation)[0]
+    return _forward(lhs, rhs, group_sizes, activation, interpret)[0]
 
 
-def _forward(lhs, rhs, group_sizes, activation):
-    rows = lhs.shape[0]
-    padded = _whole_atoms(lhs)
-    tiles = row_tiles(group_sizes, padded.shape[0])
-    plan = choose_plan("forward", rows, rhs.shape[1], rhs.shape[2], rhs.shape[0])
-    out = multiply_rows(padded, rhs, tiles, plan, activation=activation)[:rows]
+def _forward(lhs, rhs, group_sizes, activation, interpret):
+    tiles = row_tiles(group_sizes, lhs.shape[0])
+    columns = tile_columns(rhs.shape[2])
+    out = multiply_rows(lhs, rhs, tiles, columns, activation=activation, interpret=interpret)
     # relu2 has derivative 2 max(z, 0) = 2 sqrt(out): rounding out to bfloat16 costs half of its relative error there.
     return out, (lhs, rhs, group_sizes, out if activation == "relu2" else None)
 
 
-def _backward(activation, residuals, d_out):
+def _backward(activation, interpret, residuals, d_out):
     lhs, rhs, group_sizes, out = residuals
-    rows = lhs.shape[0]
-    groups, inputs, outputs = rhs.shape
+    inputs, outputs = rhs.shape[1:]
     if activation == "relu2":
         d_out = (d_out.astype(jnp.float32) * 2 * jnp.sqrt(out.astype(jnp.float32))).astype(lhs.dtype)
-    padded, d_out = _whole_atoms(lhs), _whole_atoms(d_out)
-    tiles = row_tiles(group_sizes, padded.shape[0])
-    plan = choose_plan("d_lhs", rows, outputs, inputs, groups)
-    d_lhs = multiply_rows(d_out, rhs, tiles, plan, transposed=True)[:rows]
-    plan = choose_plan("d_rhs", rows, inputs, outputs, groups)
-    return d_lhs, outer_products(padded, d_out, tiles, plan, rhs.dtype), None
+    tiles = row_tiles(group_sizes, lhs.shape[0])
+    d_lhs = multiply_rows(d_out, rhs, tiles, tile_columns(inputs), transposed=True, interpret=interpret)
+    lhs, d_out = _whole_atoms(lhs), _whole_atoms(d_out)
+    return d_lhs, outer_products(lhs, d_out, tiles, tile_columns(outputs), interpret=interpret), None
 
 
 grouped_matmul_mosaic.defvjp(_forward, _backward)
@@ -79,17 +85,16 @@ def _whole_atoms(z):
 def row_tiles(group_sizes: jax.Array, rows: int) -> RowTiles:
     """Cut `rows` rows, sorted by group, into tiles; computed on the device in four small kernels."""
     groups = group_sizes.shape[0]
-    most = (rows + (groups + 1) * (TILE_ROWS + ALIGN - 2)) // TILE_ROWS
+    most = (rows + (groups + 1) * (TILE_ROWS - 1)) // TILE_ROWS
     group = jnp.arange(groups + 1, dtype=jnp.int32)
     # A masked sum is one kernel, a cumulative sum of so few numbers four.
     size_before = jnp.where(group[:groups] < group[:, None], group_sizes, 0)
     size_until = jnp.where(group[:groups] <= group[:, None], group_sizes, 0)
     starts = jnp.minimum(size_before.sum(1, dtype=jnp.int32), rows)
     ends = jnp.where(group == groups, rows, jnp.minimum(size_until.sum(1, dtype=jnp.int32), rows))
-    first = starts & -ALIGN
-    tiles = jnp.where(ends > starts, (ends - first + TILE_ROWS - 1) // TILE_ROWS, 0)
+    tiles = (ends - starts + TILE_ROWS - 1) // TILE_ROWS
     last = jnp.where(group <= group[:, None], tiles, 0).sum(1, dtype=jnp.int32)
     tile = jnp.arange(most, dtype=jnp.int32)
     mine = jnp.minimum((last <= tile[:, None]).sum(1, dtype=jnp.int32), groups)
-    row = first[mine] + (tile - (last - tiles)[mine]) * TILE_ROWS
-    return RowTiles(mine, row, starts[mine], ends[mine], last, starts)
+    row = starts[mine] + (tile - (last - tiles)[mine]) * TILE_ROWS
+    return RowTiles(mine, row, ends[mine], last, starts)

@@ -15,8 +15,8 @@ A chunk, for compute warpgroup w:
     G = (C B^T) * weights, in blocks, bf16
     y = G x + exp2(cum) (C S) + D x;   S <- exp2(cum_last) S + B^T (w x), all products in flight at once
 
-A sequence need not be a multiple of 128: TMA fills what lies past its end with zeros and drops what is stored there;
-the small arrays (cum, cumd, run) are padded by the caller.
+A sequence need not be a multiple of 128, only of 8: TMA fills what lies past its end with zeros and drops what is
+stored there; the small arrays (cum, cumd, run) are padded by the caller.
 
 Shapes: B batch, T time, Z chunks of C = 128 tokens, H heads, G groups, N = 128 state, P = 64 head dim.
 """
@@ -76,7 +76,7 @@ def ssd_forward(
     """Run the recurrence.
 
     Args:
-      x_BTHP, B_BTGN, C_BTGN: bfloat16, any T.
+      x_BTHP, B_BTGN, C_BTGN: bfloat16, T a multiple of 8.
       cum_BHT, cumd_BHT: float32, T padded to whole chunks (see the top of the file).
       run: [B, T padded] int32, run 0 owns the initial state.
       D: [H] float32.

@@ -22,6 +22,8 @@ from pallas_kernels.ssd_forward_mosaic import CHUNK, HEAD_DIM, STATE_DIM, ssd_fo
 # exp(-87) is the smallest normal float32: a stronger decay is zero all the same, and would only cost the running sum
 # of a chunk its last bits.
 LEAST_LOG_DECAY = -87.0
+# TMA copies whole rows of 8; a length that is no multiple of it costs a copy.
+TMA_ROWS = 8
 # dt = 0 (padding) has no logarithm; with this in its place the token adds nothing that float32 could hold.
 LEAST_DT = 1e-30
 
@@ -56,7 +58,7 @@ def ssd_mosaic(
     batch, time, heads, head_dim = x_BTHP.shape
     state_dim = B_BTGN.shape[3]
     parts = -(-head_dim // HEAD_DIM)
-    rows, columns = STATE_DIM - state_dim, parts * HEAD_DIM - head_dim
+    tail, rows, columns = -time % TMA_ROWS, STATE_DIM - state_dim, parts * HEAD_DIM - head_dim
 
     def split_heads(z, axis):
         """[..., H, ...] -> [..., H * parts, ...]: what belongs to a head belongs to each of its parts."""
@@ -68,15 +70,18 @@ def ssd_mosaic(
         run = jnp.zeros((batch, time), jnp.int32)
     if state_BHPN is None:
         state_BHPN = jnp.zeros((batch, heads, head_dim, state_dim), jnp.float32)
-    x_BTHP = jnp.pad(x_BTHP, ((0, 0), (0, 0), (0, 0), (0, columns))).reshape(batch, time, heads * parts, HEAD_DIM)
-    B_BTGN, C_BTGN = (jnp.pad(z, ((0, 0), (0, 0), (0, 0), (0, rows))) for z in (B_BTGN, C_BTGN))
+    x_BTHP = jnp.pad(x_BTHP, ((0, 0), (0, tail), (0, 0), (0, columns)))
+    x_BTHP = x_BTHP.reshape(batch, time + tail, heads * parts, HEAD_DIM)
+    B_BTGN, C_BTGN = (jnp.pad(z, ((0, 0), (0, tail), (0, 0), (0, rows))) for z in (B_BTGN, C_BTGN))
+    dt_BTH = jnp.pad(dt_BTH, ((0, 0), (0, tail), (0, 0)))  # with dt = 0 the state stays as it is
+    run = jnp.pad(run, ((0, 0), (0, tail)), mode="edge")
     state_BHPN = jnp.pad(state_BHPN.astype(jnp.float32), ((0, 0), (0, 0), (0, columns), (0, rows)))
     state_BHNP = jnp.swapaxes(state_BHPN.reshape(batch, heads * parts, HEAD_DIM, STATE_DIM), 2, 3)
     dt_BTH, A, D = (split_heads(z.astype(jnp.float32), -1) for z in (dt_BTH, A, D))
 
     y_BTHP, state_BHNP = _ssd(x_BTHP, dt_BTH, A, B_BTGN, C_BTGN, D, state_BHNP, run, interpret)
 
-    y_BTHP = y_BTHP.reshape(batch, time, heads, parts * HEAD_DIM)[..., :head_dim]
+    y_BTHP = y_BTHP[:, :time].reshape(batch, time, heads, parts * HEAD_DIM)[..., :head_dim]
     state_BHPN = jnp.swapaxes(state_BHNP, 2, 3).reshape(batch, heads, parts * HEAD_DIM, STATE_DIM)
     return y_BTHP, state_BHPN[:, :, :head_dim, :state_dim]
 

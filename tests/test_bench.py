@@ -43,9 +43,23 @@ def test_a_command_prints_one_object(capfd, monkeypatch, what: str):
     tokens = 8 if what == "decode" else 8 * 32
     assert result["tokens_per_second"] == pytest.approx(1e3 * tokens / result["step_ms"], rel=0.01)
     assert 0 < result["step_ms_min"] <= result["step_ms"] and result["steps"] == 2
-    assert result["compile_seconds"]["cold"] > result["compile_seconds"]["warm"] > 0
+    seconds = result["compile_seconds"]
+    assert seconds["total"] > seconds["tracing"] > 0 and seconds["cache"] == "empty"
     assert result["mfu"] is None  # the peak of this CPU is not known
-    assert result["operations"]["ssd"] == "reference"
+    assert result["operations"]["ssd"] == "reference" and result["precision"] == "float32"
+
+
+def test_another_process_finds_what_was_compiled(capfd, monkeypatch, tmp_path):
+    monkeypatch.setitem(front.PRESETS, "here", MODEL)
+    arguments = ["bench", "decode", "--preset=here", "--batch=8", "--seq=32", "--compile-only", f"--cache={tmp_path}"]
+    results = []
+    for _ in range(2):
+        assert front.run(arguments) == 0
+        results.append(json.loads(capfd.readouterr().out))
+        jax.clear_caches()
+    first, second = (result["compile_seconds"] for result in results)
+    assert (first["cache"], second["cache"]) == ("empty", "warm")
+    assert second["total"] < first["total"] and "step_ms" not in results[0]
 
 
 def test_training_keeps_weights_and_gradients_in_bfloat16_and_nothing_else():
@@ -127,9 +141,9 @@ def test_floating_point_operations_of_a_step():
 
 
 def test_sizes_that_do_not_fit():
-    with pytest.raises(ConfigError, match="--batch=3 rows do not divide over the 8 devices"):
+    with pytest.raises(ConfigError, match="--batch is 3 sequences, which do not divide over the 8 devices"):
         bench.run("train", dataclasses.replace(WORK, batch=3))
-    with pytest.raises(ConfigError, match=r"--seq=32 must be a multiple of .* --documents \(5\)"):
+    with pytest.raises(ConfigError, match=r"--seq=32 must be a multiple of --documents \(5\)"):
         bench.run("train", dataclasses.replace(WORK, documents=5))
     with pytest.raises(ConfigError, match="the mesh"):
         bench.run("train", dataclasses.replace(WORK, parallel=ParallelConfig(data=3)))

@@ -229,6 +229,7 @@ def test_only_users_mistakes_are_turned_into_messages(monkeypatch, capfd):
         ),
         (["--checkpont=."], "unknown flag --checkpont. Did you mean '--checkpoint'?"),
         (["--checkpoint=none", "--task=score"], "--checkpoint: there is no 'none'"),
+        ([f"--checkpoint={'x' * 300}", "--task=score"], "--checkpoint: there is no 'xxx"),
         (["--checkpoint=", "--task=score"], "--checkpoint: there is no ''"),
         (
             ["--checkpoint=.", "--task=perplxity"],

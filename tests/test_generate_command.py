@@ -79,6 +79,13 @@ def test_a_reader_that_has_seen_enough():
     assert process.returncode == 141
 
 
+def test_nobody_wants_its_output():
+    """generate >&-"""
+    command = [sys.executable, "-c", SAYS.format(pieces="['a']")]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=ROOT, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_terminal_that_is_not_utf8(one_device_env):
     done = subprocess.run(
         [sys.executable, "-c", SAYS.format(pieces="['n', 'é']")],

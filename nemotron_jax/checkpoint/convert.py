@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +92,9 @@ def convert(
             written = _to_workdir(opened, folder)
         else:
             written = _to_hf(opened, folder, format, calibration)
-        opened.report.raise_if_any()
+        for part in (opened, _quantized(opened)):
+            if part is not None:
+                part.report.raise_if_any()
     return Written(*written, time.perf_counter() - start)
 
 
@@ -156,17 +158,45 @@ def _stored_modules(source: HFDirectory) -> list[Tensor]:
 
 
 def _copy_quantized(source: HFDirectory, folder: Path, tensors: list[Tensor]) -> None:
+    """As they are, but for the activation scales of experts that were never routed to, which are filled in."""
     folder.mkdir()
-    writer = ShardWriter(folder, tensors)
+    filled = _filled_scales(source)
+    added = [Tensor(name, "F32", scale.shape) for name, scale in filled.items() if name not in source.stored]
+    writer = ShardWriter(folder, [*tensors, *added])
     try:
-        for tensor in tensors:
-            _copy(source, tensor.name, writer)
+        for tensor in [*tensors, *added]:
+            if tensor.name in filled:
+                writer.write(tensor.name, filled[tensor.name])
+            else:
+                _copy(source, tensor.name, writer)
         writer.finish()
     finally:
         writer.close()
     for name in (CONFIG_FILE, modelopt.HF_QUANT_CONFIG):
         if (source.path / name).exists():
             shutil.copyfile(source.path / name, folder / name)
+
+
+def _filled_scales(source: HFDirectory) -> dict[str, np.ndarray]:
+    """{name of an input_scale: value} of the experts that have none, or 0, while others of their layer have one."""
+    groups: dict[str, dict[str, float | None]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in source.table.entries.values():
+        scheme = source.scheme(entry)
+        group = modelopt.experts_of(entry.module)
+        if scheme is None or not scheme.has_input_scale or scheme.compressed or group is None:
+            continue
+        stored = source.stored.get(f"{entry.module}.input_scale")
+        groups.setdefault(group, {})[entry.module] = None if stored is None else float(stored.rows().reshape(-1)[0])
+        if stored is not None:
+            shapes[group] = stored.shape
+    filled = {}
+    for group, scales in groups.items():
+        if any(scales.values()) and not all(scales.values()):
+            for module, value in fill_expert_scales(scales).items():
+                if not scales[module]:
+                    filled[f"{module}.input_scale"] = np.full(shapes[group], value, np.float32)
+    return filled
 
 
 def _copy(source: HFDirectory, name: str, writer: ShardWriter) -> None:
@@ -184,57 +214,94 @@ def _without_quantization(config: ModelConfig) -> ModelConfig:
 # To a Hugging Face directory
 
 
-def _to_hf(source: Source, folder: Path, format: str | None, calibration: Calibration | None) -> tuple[int, int]:
-    kept = source if isinstance(source, HFDirectory) else source.quantized
-    quant, dtype = _target(source.config, kept, format)
-    plain: dict[str, np.dtype] = {}  # what is written as it comes
-    as_stored: list[str] = []  # what is copied
-    schemes: dict[str, modelopt.Scheme] = {}  # what is quantised
-    measured: list[str] = []  # modules whose key/value scales come from the calibration
-    tensors: list[Tensor] = []
+@dataclass(frozen=True)
+class _Plan:
+    """What a Hugging Face directory will hold, and where each tensor of it comes from."""
+
+    quant: modelopt.QuantConfig | None
+    dtype: str | None  # of what is not quantised; None: as in the source
+    tensors: list[Tensor] = field(default_factory=list)
+    plain: dict[str, np.dtype] = field(default_factory=dict)  # entries that are written in this dtype
+    schemes: dict[str, modelopt.Scheme] = field(default_factory=dict)  # entries that are quantised
+    as_stored: list[str] = field(default_factory=list)  # tensors that are copied
+    measured: list[str] = field(default_factory=list)  # modules whose key/value scales come from the calibration
+
+
+def _plan(source: Source, format: str | None) -> _Plan:
+    kept = _quantized(source)
+    plan = _Plan(*_target(source.config, kept, format))
     for entry in source.table.entries.values():
-        scheme, before = scheme_of(entry, quant), kept.scheme(entry) if kept else None
-        wanted = tensors_of(entry, quant, dtype or (source.dtype(entry) if before is None else "F32"))
-        if kept is not None and scheme is not None and scheme == before:
-            wanted = [stored for tensor in wanted for stored in kept.tensors(tensor.name)]
-            as_stored += [tensor.name for tensor in wanted]
-        elif scheme is not None:
-            schemes[entry.name] = scheme
+        scheme, before = scheme_of(entry, plan.quant), kept.scheme(entry) if kept else None
+        wanted = tensors_of(entry, plan.quant, plan.dtype or (source.dtype(entry) if before is None else "F32"))
+        if scheme is None:
+            plan.plain[entry.name] = DTYPES[wanted[0].dtype]
+            ours = wanted[:1]
+        elif scheme != before:
+            plan.schemes[entry.name] = scheme
+            ours = [tensor for tensor in wanted if tensor.name != kv_scale_name(entry.module)]
         else:
-            plain[entry.name] = DTYPES[wanted[0].dtype]
-        if scheme is None or scheme != before:
-            for tensor in [tensor for tensor in wanted if tensor.name == kv_scale_name(entry.module)]:
-                if kept is not None and kept.quant is not None:
-                    wanted = [other for other in wanted if other is not tensor] + kept.tensors(tensor.name)
-                    as_stored += [stored.name for stored in kept.tensors(tensor.name)]
-                else:
-                    measured.append(entry.module)
-        tensors += wanted
-    if schemes or measured:
-        calibration = _checked_calibration(calibration, schemes, measured, str(format))
-    nbytes = sum(tensor.nbytes for tensor in tensors)
+            ours = []
+        rest = [tensor.name for tensor in wanted[len(ours) :]]
+        if kept is not None and plan.quant is not None and plan.quant.kv_scales(entry.module):
+            rest = list(dict.fromkeys([*rest, kv_scale_name(entry.module)]))  # also of MTP, where a file has them
+        if rest and kept is None:  # scales of the key/value cache
+            plan.measured.append(entry.module)
+            plan.tensors.extend(wanted)
+        else:
+            found = [stored for name in rest if kept is not None for stored in kept.tensors(name)]
+            plan.as_stored.extend(tensor.name for tensor in found)
+            plan.tensors.extend(ours + found)
+    return plan
+
+
+def dry_run(config: ModelConfig, directory: Path | None, format: str | None) -> list[Tensor]:
+    """The tensors that ``convert`` would write into a Hugging Face directory.
+
+    Args:
+      directory: that the config is from; without one, or without weights in it, all is BF16 or as ``format`` says.
+
+    Raises:
+      CheckpointError: everything that is wrong with the directory.
+    """
+    if directory and ((directory / CHECKPOINTS).is_dir() or any(directory.glob("*.safetensors"))):
+        return _plan(open_source(directory), format).tensors
+    quant = None if format in (None, "bf16") else default_layer_map(config, str(format))
+    return [tensor for entry in Table(config).entries.values() for tensor in tensors_of(entry, quant, "BF16")]
+
+
+def _quantized(source: Source) -> HFDirectory | None:
+    """Where the quantised modules of a source are."""
+    if isinstance(source, WorkdirSource):
+        return source.quantized
+    return source if source.quant is not None else None
+
+
+def _to_hf(source: Source, folder: Path, format: str | None, calibration: Calibration | None) -> tuple[int, int]:
+    plan = _plan(source, format)
+    amax = _checked_calibration(plan, calibration, str(format))
+    nbytes = sum(tensor.nbytes for tensor in plan.tensors)
     _check_room(folder, nbytes)
-    writer = ShardWriter(folder, tensors)
+    writer = ShardWriter(folder, plan.tensors)
     try:
-        for entry, first, rows in source.weights(dict.fromkeys(plain, False) | dict.fromkeys(schemes, True)):
-            if entry.name in plain:
+        for entry, first, rows in source.weights(dict.fromkeys(plan.plain, False) | dict.fromkeys(plan.schemes, True)):
+            if entry.name in plan.plain:
                 offset = first * math.prod(entry.shape[1:])
-                writer.write(entry.name, rows.astype(plain[entry.name], copy=False), offset)
+                writer.write(entry.name, rows.astype(plan.plain[entry.name], copy=False), offset)
             else:
-                amax = calibration.inputs.get(entry.module) if calibration else None
-                for suffix, array in modelopt.quantize(schemes[entry.name], rows, amax).items():
+                tensors = modelopt.quantize(plan.schemes[entry.name], rows, amax.inputs.get(entry.module))
+                for suffix, array in tensors.items():
                     writer.write(f"{entry.module}.{suffix}", array)
-        for name in as_stored:
+        kept = _quantized(source)
+        for name in plan.as_stored:
             assert kept is not None
             _copy(kept, name, writer)
-        for module in measured:
-            assert calibration is not None
-            writer.write(kv_scale_name(module), kv_scale(calibration.outputs[module]))
+        for module in plan.measured:
+            writer.write(kv_scale_name(module), kv_scale(amax.outputs[module]))
         writer.finish()
     finally:
         writer.close()
-    _write_configs(source, folder, quant, dtype, kept)
-    return len(tensors), nbytes
+    _write_configs(source, folder, plan)
+    return len(plan.tensors), nbytes
 
 
 def _target(
@@ -251,35 +318,33 @@ def _target(
     return default_layer_map(config, format), "BF16"
 
 
-def _checked_calibration(
-    calibration: Calibration | None, schemes: Mapping[str, modelopt.Scheme], measured: list[str], format: str
-) -> Calibration:
-    modules = [name.removesuffix(".weight") for name, scheme in schemes.items() if scheme.has_input_scale]
+def _checked_calibration(plan: _Plan, calibration: Calibration | None, format: str) -> Calibration:
+    """The activation ranges that a plan needs; those of experts that no token reached are filled in."""
+    modules = [name.removesuffix(".weight") for name, scheme in plan.schemes.items() if scheme.has_input_scale]
     if calibration is None:
-        if modules or measured:
+        if modules or plan.measured:
             raise UserError(
                 f"--format={format} stores the range of each layer's inputs, which is measured on text: give "
                 "--calibration=FILE[,FILE...]."
             )
         return Calibration({}, {})
     inputs = fill_expert_scales({module: calibration.inputs.get(module) for module in modules})
-    return Calibration(inputs, {module: calibration.outputs[module] for module in measured})
+    return Calibration(inputs, calibration.outputs)
 
 
-def _write_configs(
-    source: Source, folder: Path, quant: modelopt.QuantConfig | None, dtype: str | None, kept: HFDirectory | None
-) -> None:
+def _write_configs(source: Source, folder: Path, plan: _Plan) -> None:
     original = source.path / (CONFIG_FILE if isinstance(source, HFDirectory) else companions.HF_CONFIG)
     values = companions.hf_values(source.config, original)
-    if quant is None or dtype is not None:
+    kept = _quantized(source)
+    if plan.quant is None or plan.dtype is not None:
         values.pop("quantization_config", None)
         key = "torch_dtype" if "torch_dtype" in values else "dtype"
-        values[key] = _TORCH[dtype or source.dtype(source.table.entries["backbone.embeddings.weight"])]
-    if quant is not None and dtype is not None:
-        files = quant.to_json()
+        values[key] = _TORCH[plan.dtype or source.dtype(source.table.entries["backbone.embeddings.weight"])]
+    if plan.quant is not None and plan.dtype is not None:
+        files = plan.quant.to_json()
         values["quantization_config"] = files["quantization_config"]
         companions.write_json(folder / modelopt.HF_QUANT_CONFIG, files[modelopt.HF_QUANT_CONFIG])
-    elif quant is not None and kept is not None and (kept.path / modelopt.HF_QUANT_CONFIG).exists():
+    elif plan.quant is not None and kept is not None and (kept.path / modelopt.HF_QUANT_CONFIG).exists():
         shutil.copyfile(kept.path / modelopt.HF_QUANT_CONFIG, folder / modelopt.HF_QUANT_CONFIG)
     companions.write_json(folder / CONFIG_FILE, values)
     companions.carry(source.path, folder)
@@ -292,9 +357,11 @@ def _write_configs(
 
 def check_target(target: Path) -> None:
     """Raises CheckpointError unless the target can be made."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.islink(target):  # a folder cannot take its place
+        raise CheckpointError(f"{target} is a symbolic link: name a directory that does not exist yet.")
+    if os.path.exists(target) and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty: name a directory that does not exist yet.")
-    if not os.access(target.absolute().parent, os.W_OK):
+    if not target.absolute().parent.is_dir() or not os.access(target.absolute().parent, os.W_OK):
         raise CheckpointError(f"{target} cannot be made: {target.absolute().parent} does not exist or is read-only.")
 
 
@@ -336,6 +403,6 @@ def _check_room(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise CheckpointError(
-            f"{folder.parent} has {free / 1e9:,.1f} GB free, {nbytes / 1e9:,.1f} GB are needed: make room, or choose "
+            f"{folder.parent} has {free / 1e9:,.3f} GB free, {nbytes / 1e9:,.3f} GB are needed: make room, or choose "
             "another disk."
         )

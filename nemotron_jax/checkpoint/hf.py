@@ -24,7 +24,6 @@ from dataclasses import dataclass
 import numpy as np
 from flax import nnx
 
-from nemotron_jax.checkpoint.layer_map import default_layer_map
 from nemotron_jax.checkpoint.modelopt import QuantConfig, Scheme
 from nemotron_jax.checkpoint.safetensors import NAMES, Tensor
 from nemotron_jax.config import ModelConfig
@@ -215,9 +214,3 @@ def tensors_of(entry: Entry, quant: QuantConfig | None, dtype: str) -> list[Tens
 def kv_scale_name(module: str) -> str:
     """``….k_proj.k_scale`` of ``….k_proj``."""
     return f"{module}.{module[-len('k_proj')]}_scale"
-
-
-def plan(config: ModelConfig, format: str | None = None) -> list[Tensor]:
-    """The tensors of the Hugging Face checkpoint of a model, in "bf16" or as ``--format`` quantises it by default."""
-    quant = None if format in (None, "bf16") else default_layer_map(config, str(format))
-    return [tensor for entry in Table(config).entries.values() for tensor in tensors_of(entry, quant, "BF16")]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 
 from nemotron_jax.checkpoint import modelopt
 from nemotron_jax.checkpoint.hf import STACKED, Entry, Table, canonical, copy_into, kv_scale_name, scheme_of, to_ours
-from nemotron_jax.checkpoint.report import Report
+from nemotron_jax.checkpoint.report import SHOWN, Report
 from nemotron_jax.checkpoint.safetensors import (
     DTYPES,
     INDEX_FILE,
@@ -199,7 +200,7 @@ class HFDirectory:
         whole = bool(names)
         seen: dict[str, str] = {}
         for name in names:
-            if not (self.path / name).is_file():
+            if not os.path.isfile(self.path / name):  # False too for what cannot be the name of a file
                 held = sum(file == name for file in weight_map.values())
                 self.report.add(f"{name} is missing" + (f": {held:,} tensors." if held else "."))
                 whole = False
@@ -229,11 +230,13 @@ class HFDirectory:
         index = self.path / INDEX_FILE
         if index.exists():
             try:
-                weight_map = json.loads(index.read_bytes())["weight_map"]
-                return sorted(set(weight_map.values())), dict(weight_map)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+                names = sorted({os.fspath(name) for name in weight_map.values()})
+            except (OSError, ValueError, KeyError, TypeError):
+                names, weight_map = [], {}
+            if not names:
                 self.report.add(f"{INDEX_FILE} is damaged: an object with a weight_map was expected.")
-                return [], {}
+            return names, weight_map
         if (self.path / SINGLE_FILE).exists():
             return [SINGLE_FILE], {}
         names = sorted(file.name for file in self.path.glob("model-*-of-*.safetensors"))
@@ -273,8 +276,10 @@ class HFDirectory:
     def _compare(self, whole: bool) -> None:
         """Compares what the files hold with what config.json says."""
         expected = {name: (dtypes, shape) for name, dtypes, shape in self._expected()}
-        for name in expected.keys() & self.stored.keys():
-            (dtypes, shape), found = expected[name], self.stored[name]
+        for name, (dtypes, shape) in expected.items():
+            found = self.stored.get(name)
+            if found is None:
+                continue
             scalar = shape in ((), (1,)) and found.shape in ((), (1,))
             if found.shape != shape and not scalar:
                 self.report.add(f"{name} has shape {list(found.shape)}, expected {list(shape)}.", "shape")
@@ -286,11 +291,11 @@ class HFDirectory:
         # A file that could not be read is one fault; the tensors that it holds are not missing one by one.
         missing = [name for name in missing if whole and _layer(name) not in other_kind]
         surplus = [name for name in surplus if _layer(name) not in other_kind]
-        for name in surplus:
-            close = difflib.get_close_matches(name, missing[:2000], n=1, cutoff=0.8)
+        for place, name in enumerate(surplus):
+            close = _nearest(name, missing) if place < SHOWN else None  # it takes time, and only so many are shown
             if close:
-                self.report.add(f"{name} is no tensor of this model; {close[0]} is missing.", "misnamed")
-                missing.remove(close[0])
+                self.report.add(f"{name} is no tensor of this model; {close} is missing.", "misnamed")
+                missing.remove(close)
             else:
                 self.report.add(f"{name} is no tensor of this model.", "surplus")
         self.report.extend((f"{name} is missing." for name in missing), "missing")
@@ -302,18 +307,17 @@ class HFDirectory:
         found: dict[str, str] = {}
         for name in surplus:
             parts = name.split(".")
-            if len(parts) > 4 and parts[0] in patterns and parts[1] == "layers" and parts[2].isdigit():
-                if parts[3] == "mixer" and parts[4] in marks:
-                    found[_layer(name)] = marks[parts[4]]
-                elif int(parts[2]) >= len(patterns[parts[0]]):
-                    found.setdefault(_layer(name), "")
+            if len(parts) > 4 and parts[0] in patterns and parts[1] == "layers" and parts[2].isdecimal():
+                said = patterns[parts[0]][int(parts[2]) : int(parts[2]) + 1]
+                letter = marks.get(parts[4], "") if parts[3] == "mixer" else ""
+                if letter != said and (letter or not said):
+                    found[_layer(name)] = letter or found.get(_layer(name), "")
         for layer, letter in found.items():
             stack, _, number = layer.split(".")
-            pattern = patterns[stack]
-            outside = int(number) >= len(pattern)
-            said = f"there are {len(pattern)} layers" if outside else BLOCK_LETTERS[pattern[int(number)]]
+            said = patterns[stack][int(number) : int(number) + 1]
             what = BLOCK_LETTERS.get(letter, "another block")
-            self.report.add(f"{layer}: the tensors are those of {what}, {CONFIG_FILE} says {said}.", "kind")
+            instead = BLOCK_LETTERS[said] if said else f"there are {len(patterns[stack])} layers"
+            self.report.add(f"{layer}: the tensors are those of {what}, {CONFIG_FILE} says {instead}.", "kind")
         return set(found)
 
     def _scan(self) -> None:
@@ -330,10 +334,16 @@ def block_rows(entry: Entry, dtype: np.dtype) -> int:
     return max(1, BLOCK_BYTES // width)
 
 
+def _nearest(name: str, missing: Sequence[str]) -> str | None:
+    """The missing tensor that a name may have been meant for, best one of the same layer."""
+    same_layer = [other for other in missing if _layer(other) == _layer(name)]
+    return next(iter(difflib.get_close_matches(name, (same_layer or missing)[:500], n=1, cutoff=0.8)), None)
+
+
 def _layer(name: str) -> str:
     """``backbone.layers.3`` of a tensor in it."""
     return ".".join(name.split(".")[:3])
 
 
 def _natural(name: str) -> list[Any]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]

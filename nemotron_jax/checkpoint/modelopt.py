@@ -42,6 +42,7 @@ LINEAR = frozenset(
     "eh_proj lm_head".split()
 )
 
+BLOCK = arithmetic.BLOCK
 _FLOAT32 = np.dtype(np.float32)
 _UINT8 = np.dtype(np.uint8)
 
@@ -89,18 +90,17 @@ class Scheme:
 def dequantize(scheme: Scheme, tensors: Mapping[str, ArrayLike]) -> NDArray:
     """{suffix: array} of one module -> its weight, float32 [out, in]. Activation scales play no part."""
     if scheme.algo == FP8:
-        return arithmetic.dequantize_fp8(tensors["weight"], tensors["weight_scale"])
-    codes, scales, scale_2 = nvfp4_parts(scheme, tensors)
-    return arithmetic.dequantize_nvfp4(codes, scales, scale_2)
+        return arithmetic.dequantize_fp8(tensors["weight"], global_scale(scheme, tensors))
+    codes = tensors["weight_packed" if scheme.compressed else "weight"]
+    return arithmetic.dequantize_nvfp4(codes, tensors["weight_scale"], global_scale(scheme, tensors))
 
 
-def nvfp4_parts(scheme: Scheme, tensors: Mapping[str, ArrayLike]) -> tuple[NDArray, NDArray, NDArray]:
-    """(packed codes, block scales, weight_scale_2 []) of an NVFP4 module under either set of names."""
-    if not scheme.compressed:
-        scale_2 = np.asarray(tensors["weight_scale_2"], np.float32).reshape(())
-        return np.asarray(tensors["weight"]), np.asarray(tensors["weight_scale"]), scale_2
-    scale_2 = np.float32(1) / np.asarray(tensors["weight_global_scale"], np.float32).reshape(())
-    return np.asarray(tensors["weight_packed"]), np.asarray(tensors["weight_scale"]), np.asarray(scale_2)
+def global_scale(scheme: Scheme, tensors: Mapping[str, ArrayLike]) -> NDArray:
+    """The one scale of a module's weight, float32 []: what its codes (NVFP4: and block scales) are multiplied by."""
+    if scheme.compressed:
+        return np.float32(1) / np.asarray(tensors["weight_global_scale"], np.float32).reshape(())
+    name = "weight_scale" if scheme.algo == FP8 else "weight_scale_2"
+    return np.asarray(tensors[name], np.float32).reshape(())
 
 
 def quantize(scheme: Scheme, weight: ArrayLike, input_amax: float | None = None) -> dict[str, NDArray]:
@@ -133,6 +133,11 @@ def quantize(scheme: Scheme, weight: ArrayLike, input_amax: float | None = None)
 _EXPERT = re.compile(r"^(.*\.experts\.)\d+(\..*)$")
 
 
+def experts_of(module: str) -> str | None:
+    """The name that the same projection of all experts of a layer shares; None for other modules."""
+    return _EXPERT.sub(r"\1*\2", module) if _EXPERT.match(module) else None
+
+
 def fill_expert_scales(scales: Mapping[str, float | None]) -> dict[str, float]:
     """{module: input amax or input_scale} with the missing ones (None, 0 or not finite) of experts filled in.
 
@@ -148,7 +153,7 @@ def fill_expert_scales(scales: Mapping[str, float | None]) -> dict[str, float]:
         return value is not None and 0 < float(value) < np.inf
 
     def group(module: str) -> str:
-        return _EXPERT.sub(r"\1*\2", module)
+        return experts_of(module) or module
 
     largest: dict[str, float] = {}
     for module, value in scales.items():
@@ -285,7 +290,8 @@ def read_quant_config(directory: Path) -> QuantConfig | None:
     if (directory / HF_QUANT_CONFIG).exists():
         other = read_json(directory / HF_QUANT_CONFIG, "ModelOpt's quantisation config")
     if entry and other:
-        theirs = other.get("quantization", {})
+        _check_kinds(entry, "quantization_config")
+        theirs = _quantization(other)
         algos = entry.get("quant_algo", theirs.get("quant_algo")), theirs.get("quant_algo")
         if algos[0] != algos[1]:
             raise CheckpointError(
@@ -307,9 +313,12 @@ def parse_quant_config(values: Mapping[str, Any] | None) -> QuantConfig | None:
     """
     if not values:
         return None
-    given = values.get("quantization", values)
+    given = _quantization(values)
     groups = _groups(given)
-    compressed = given.get("quant_method") == "compressed-tensors"
+    method = given.get("quant_method")
+    if method not in (None, "modelopt", "compressed-tensors"):
+        raise CheckpointError(f"quant_method is {method!r}: this version reads modelopt and compressed-tensors.")
+    compressed = method == "compressed-tensors"
     algo = given.get("quant_algo")
     if compressed:
         algo = _algo_of_compressed(given, groups)
@@ -340,9 +349,36 @@ def parse_quant_config(values: Mapping[str, Any] | None) -> QuantConfig | None:
     )
 
 
+def _quantization(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is said of the quantisation, in either file. Raises CheckpointError for parts of the wrong kind."""
+    _check_kinds(values, "the quantisation config")
+    given = values.get("quantization", values)
+    _check_kinds(given, "quantization")
+    for key in ("exclude_modules", "ignore"):
+        globs = given.get(key) or []
+        if not isinstance(globs, list) or not all(isinstance(glob, str) for glob in globs):
+            raise CheckpointError(f"{key} of the quantisation config should be a list of names, got {globs!r}.")
+        for glob in globs:
+            try:
+                _matcher((glob,))
+            except re.error as error:
+                raise CheckpointError(f"{key} of the quantisation config has {glob!r}: {error}.") from error
+    return given
+
+
+def _check_kinds(values: Any, what: str) -> None:
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{what} should be an object, got {values!r}.")
+    for key in ("producer", "quantized_layers"):
+        if not isinstance(values.get(key) or {}, Mapping):
+            raise CheckpointError(f"{key} of the quantisation config should be an object, got {values[key]!r}.")
+
+
 def _groups(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups = given.get("config_groups") or {}
-    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+    if not isinstance(groups, Mapping) or not all(
+        isinstance(group, Mapping) and isinstance(group.get("weights") or {}, Mapping) for group in groups.values()
+    ):
         raise CheckpointError("config_groups of the quantisation config should be {name: {weights: …}}.")
     return list(groups.values())
 

@@ -47,6 +47,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+MAX_AXES = 32  # of a tensor; numpy could not do with more than twice as many
 MAX_SHARD = 5_000_000_000  # bytes of tensors in a file; transformers' default
 
 
@@ -151,11 +152,13 @@ def _tensor(name: str, value: Any, data: int) -> Tensor:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError("must have dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"has the unknown dtype {dtype!r}")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError(f"has shape {shape!r} and data_offsets {offsets!r}: lists of whole numbers were expected")
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"has {len(shape)} axes, at most {MAX_AXES} can be read")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"has data_offsets {offsets!r}: [begin, end] were expected")
     tensor = Tensor(name, dtype, tuple(shape), data + offsets[0], data + offsets[1])
@@ -189,22 +192,28 @@ class ShardWriter:
 
     def __init__(self, directory: Path, tensors: Iterable[Tensor], *, max_shard: int = MAX_SHARD) -> None:
         self._directory = directory
-        shards = _shards(tensors, max_shard)
         self._files: list[Any] = []
         self._placed: dict[str, tuple[int, Tensor]] = {}
         self._left: dict[str, int] = {}  # bytes that have not come
         self._weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards):
-            name = SINGLE_FILE if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-            # Wide types first: every tensor then begins at a multiple of its element size, as torch wants it.
-            shard.sort(key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
-            header, placed = _placed(shard)
-            self._files.append(open(directory / name, "wb", buffering=0))  # noqa: SIM115 closed by close()
-            self._files[-1].write(header)
-            for tensor in placed:
-                self._placed[tensor.name] = (number, tensor)
-                self._left[tensor.name] = tensor.nbytes
-                self._weight_map[tensor.name] = name
+        shards = _shards(tensors, max_shard)
+        try:
+            for number, shard in enumerate(shards):
+                name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE_FILE
+                self._open(name, shard)
+        except OSError:
+            self.close()
+            raise
+
+    def _open(self, name: str, tensors: list[Tensor]) -> None:
+        # Wide types first: every tensor then begins at a multiple of its element size, as torch wants it.
+        header, placed = _placed(sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize))
+        self._files.append(open(self._directory / name, "wb", buffering=0))  # noqa: SIM115 closed by close()
+        _write_at(self._files[-1], 0, memoryview(header))
+        for tensor in placed:
+            self._placed[tensor.name] = (len(self._files) - 1, tensor)
+            self._left[tensor.name] = tensor.nbytes
+            self._weight_map[tensor.name] = name
 
     def write(self, name: str, array: np.ndarray, offset: int = 0) -> None:
         """The elements of a tensor from ``offset`` on (counted in elements), in its dtype. Raises OSError."""
@@ -214,9 +223,7 @@ class ShardWriter:
         position = tensor.begin + offset * array.dtype.itemsize
         assert position + len(data) <= tensor.end, name
         self._left[name] -= len(data)
-        while data:
-            written = os.pwrite(self._files[number].fileno(), data, position)
-            data, position = data[written:], position + written
+        _write_at(self._files[number], position, data)
 
     def finish(self) -> None:
         """Closes the files and writes the index."""
@@ -232,6 +239,12 @@ class ShardWriter:
     def close(self) -> None:
         for file in self._files:
             file.close()
+
+
+def _write_at(file: Any, position: int, data: memoryview) -> None:
+    while data:  # a nearly full disk takes a part first, and fails with the next
+        written = os.pwrite(file.fileno(), data, position)
+        data, position = data[written:], position + written
 
 
 def _shards(tensors: Iterable[Tensor], max_shard: int) -> list[list[Tensor]]:

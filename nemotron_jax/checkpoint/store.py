@@ -316,7 +316,7 @@ def block_checksum(block: np.ndarray, start: Sequence[int], shape: tuple[int, ..
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError naming what it should have been."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as {what}: {_first_line(error)}.") from error
     if not isinstance(value, dict):

@@ -185,6 +185,8 @@ def _names_beside(file: Path) -> dict[str, str]:
         values = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{config}: expected JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{config}: expected a JSON object, got {type(values).__name__}.")
     names = {}
     for key in ("bos_token", "eos_token", "pad_token"):
         value = values.get(key)

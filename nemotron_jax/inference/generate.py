@@ -46,7 +46,7 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if tokens < 1:
         raise ConfigError(f"the number of new tokens must be positive, got {tokens}.")
-    if lengths.max() + tokens > model.config.max_positions:
+    if int(lengths.max()) + tokens > model.config.max_positions:
         raise ConfigError(
             f"the model holds {model.config.max_positions} tokens, old and new ones together; got a prompt of "
             f"{lengths.max()} and {tokens} new tokens: shorten the prompt or ask for fewer."
@@ -110,18 +110,23 @@ def generate_tokens(
 
 def write_array(path: Path, values: np.ndarray) -> None:
     """A .npy file. Raises DataError where it cannot be written."""
+    opened = False
     try:
         with open(path, "wb") as file:
+            opened = True
             np.save(file, values)
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror}): choose another place.") from error
+        if opened and path.is_file():
+            path.unlink()  # it holds a part
+        raise DataError(f"{path} cannot be written ({error.strerror or error}): choose another place.") from error
 
 
 def read_tokens(path: Path) -> np.ndarray:
     """int32 [B, T] from a .npy file. Raises DataError saying what it holds instead."""
     try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        with open(path, "rb") as file:
+            values = np.load(file, allow_pickle=False)
+    except Exception as error:  # of a damaged file: EOFError, BadZipFile, TokenError, MemoryError, ...
         raise DataError(f"{path} cannot be read as a NumPy array: {error}.") from error
     if not isinstance(values, np.ndarray):
         raise DataError(f"{path} must be a .npy file with one array of integers [B, T], got an archive of arrays.")

@@ -39,7 +39,9 @@ def sample(logits_BV: Array, key: Array, sampling: Sampling) -> Array:
     """[B, V] float32 -> [B] int32."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
+    # The largest becomes 0, which no temperature, however low, turns into infinity or NaN.
+    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    logits_BV = logits_BV / max(sampling.temperature, float(jnp.finfo(jnp.float32).tiny))
     if sampling.top_k:
         least = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)

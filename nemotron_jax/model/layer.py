@@ -7,6 +7,7 @@ A block gives its constructor ``(scope, config)``, ``__call__(h, ctx, state) -> 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from nemotron_jax.model.mamba2 import Mamba2
 from nemotron_jax.model.mlp import MLP
 from nemotron_jax.model.moe import MoE
 from nemotron_jax.model.state import MixerState
+from nemotron_jax.parallel.experts import KEPT
 from nemotron_jax.parallel.mesh import constrain
 
 BLOCKS: dict[str, Any] = {"M": Mamba2, "*": Attention, "E": MoE, "-": MLP}
@@ -48,8 +50,12 @@ def _run_layer(
     return REMAT[remat](apply)(leaves, h_BTD, ctx, state)
 
 
-# What the backward pass finds of a layer's forward pass: everything, or the layer's input alone.
-REMAT = {"none": lambda apply: apply, "full": jax.checkpoint}
+# What the backward pass finds of a layer's forward pass: everything, or the layer's input alone (and what experts on
+# other devices sent back).
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": lambda apply: apply,
+    "full": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT)),
+}
 
 
 def run_layers(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from nemotron_jax.parallel.embedding import lookup
 from nemotron_jax.precision.matmul import matmul
 from nemotron_jax.precision.recipe import Precision, Recipe
 
@@ -37,9 +38,11 @@ class Scope:
     def __truediv__(self, name: str | int) -> Scope:
         return replace(self, path=f"{self.path}/{name}" if self.path else str(name))
 
-    @property
-    def precision(self) -> Precision:
-        return self.recipe.resolve(self.path)
+    def precision(self, n_in: int, n_out: int) -> Precision:
+        """Of the matmul with a weight [n_in, n_out] here. Raises ConfigError when its sizes do not suit the format."""
+        precision = self.recipe.resolve(self.path)
+        precision.check(self.path, n_in, n_out)
+        return precision
 
     def param(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Init) -> nnx.Param:
         """A float32 parameter ``name`` here; ``axes`` are the logical axes of parallel.mesh.RULES."""
@@ -65,7 +68,7 @@ class Linear(nnx.Module):
 
     def __init__(self, scope: Scope, n_in: int, n_out: int, axes: tuple[str, str], std: float) -> None:
         self.weight = scope.param("weight", (n_in, n_out), axes, normal(std))
-        self.precision = scope.precision
+        self.precision = scope.precision(n_in, n_out)
 
     def __call__(self, x: Array, seed: Array | None = None) -> Array:
         return matmul(x, self.weight[...], self.precision, seed)
@@ -92,4 +95,4 @@ class Embedding(nnx.Module):
         self.dtype = scope.recipe.activations
 
     def __call__(self, tokens: Array) -> Array:
-        return self.weight[...][tokens].astype(self.dtype)
+        return lookup(self.weight[...], tokens, self.dtype)

@@ -12,6 +12,7 @@ W convolution channels (x, B and C).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,13 @@ from nemotron_jax.config import MambaConfig, ModelConfig
 from nemotron_jax.model.context import Context
 from nemotron_jax.model.linear import Init, Linear, Scope, constant, normal, uniform
 from nemotron_jax.model.state import MambaState, MambaWindow, put_rows, take_rows
-from nemotron_jax.parallel.mesh import axis_size
+from nemotron_jax.parallel.context import conv_inputs_before, in_parts, state_before
+from nemotron_jax.parallel.local import per_device
+from nemotron_jax.parallel.mesh import shards
 from nemotron_jax.precision.matmul import matmul
 from pallas_kernels import causal_conv1d, ssd
 from pallas_kernels.causal_conv1d import final_state
+from pallas_kernels.packed import side_by_side
 from pallas_kernels.ssd import ssd_step
 
 
@@ -46,13 +50,14 @@ class InProj(nnx.Module):
         self.B = leaf("B", group_channels, "groups")
         self.C = leaf("C", group_channels, "groups")
         self.dt = leaf("dt", config.num_heads, "heads")
-        self.precision = scope.precision
+        self.precision = scope.precision(n_in, 2 * config.inner_size + 2 * group_channels + config.num_heads)
 
     def __call__(self, h: Array, seed: Array | None) -> list[Array]:
         leaves = [self.z[...], self.x[...], self.B[...], self.C[...], self.dt[...]]
-        if axis_size("tensor") > 1:
+        # The leaves of a quantised projection are the one tensor they are on disk, whose blocks share an amax.
+        if shards("heads") > 1 and not self.precision.format:
             return [matmul(h, leaf, self.precision, seed) for leaf in leaves]
-        fused = matmul(h, jnp.concatenate(leaves, axis=1), self.precision, seed)
+        fused = matmul(h, side_by_side(leaves), self.precision, seed)
         borders = [sum(leaf.shape[1] for leaf in leaves[: i + 1]) for i in range(len(leaves) - 1)]
         return jnp.split(fused, borders, axis=-1)
 
@@ -74,20 +79,42 @@ class Conv1d(nnx.Module):
             self.bias[kind] = scope.param(f"bias/{kind}", (channels,), (axis,), init)
 
     def __call__(self, inputs: list[Array], state_BKW: Array | None, segment_ids: Array | None) -> list[Array]:
-        """silu(conv) of x, B and C [B, T, channels of each]; the state holds the three side by side.
+        """silu(conv) of x, B and C, [B, T, channels] each; the state holds the three side by side.
 
-        Three calls, since what uses the results wants them apart: their gradients would have to be put together first
-        (a copy of all of them) for one call.
+        Three calls, since what uses the results wants them apart: for one call, their gradients would have to be put
+        together first, a copy of all of them.
         """
         kinds = "xBC"
         borders = [sum(z.shape[2] for z in inputs[: i + 1]) for i in range(len(kinds) - 1)]
         states = [None] * len(kinds) if state_BKW is None else jnp.split(state_BKW, borders, axis=-1)
-        return [
-            causal_conv1d(  # type: ignore[misc]
-                z, self.weight[kind][...], self.bias[kind][...], initial_state=state, segment_ids=segment_ids
-            )
-            for kind, z, state in zip(kinds, inputs, states, strict=True)
-        ]
+        weights = [self.weight[kind] for kind in kinds]
+        cut = state_BKW is None and in_parts(inputs[0].shape[1])
+
+        def convolve(segment_ids: Array | None, *operands: Any) -> list[Any]:
+            inputs, weights, biases, states = (list(operands[i : i + 3]) for i in range(0, 12, 3))
+            if cut:
+                states = conv_inputs_before(inputs, segment_ids, weights[0].shape[1])
+            return [
+                causal_conv1d(z, weight, bias, initial_state=state, segment_ids=segment_ids)
+                for z, weight, bias, state in zip(inputs, weights, biases, states, strict=True)
+            ]
+
+        channels = [weight.axes[0] for weight in weights]
+        over_time = [("batch", "time", axis) for axis in channels]
+        run = per_device(
+            convolve,
+            [
+                ("batch", "time"),
+                *over_time,
+                *((axis, None) for axis in channels),
+                *((axis,) for axis in channels),
+                *(("batch", None, axis) for axis in channels),
+            ],
+            over_time,
+            whole=() if cut else ("time",),
+        )
+        biases = [self.bias[kind] for kind in kinds]
+        return run(segment_ids, *inputs, *(w[...] for w in weights), *(b[...] for b in biases), *states)
 
 
 class GatedNorm(nnx.Module):
@@ -121,6 +148,11 @@ def _a_log_init(key: Array, shape: tuple[int, ...]) -> Array:
     return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0))
 
 
+def _uncut_heads(config: MambaConfig) -> tuple[str, ...]:
+    """Logical axes that stay whole: a device's heads must be those of its groups."""
+    return ("heads", "groups") if config.num_groups % shards("groups") else ()
+
+
 class Mamba2(nnx.Module):
     """See the top of the file. Recurrence, dt, A and D are float32 whatever the recipe."""
 
@@ -143,8 +175,7 @@ class Mamba2(nnx.Module):
         """h [B, T, D] -> (y [B, T, D], new state, {})."""
         config = self.config
         batch, time = h_BTD.shape[:2]
-        z, x, B, C, dt = self.in_proj(h_BTD, ctx.seed)
-        conv_inputs = [x, B, C]
+        z, *conv_inputs, dt = self.in_proj(h_BTD, ctx.seed)
         rows = None if state is None else take_rows(state, ctx.slots)
         x, B, C = self.conv1d(conv_inputs, None if rows is None else rows.conv_BKW, ctx.segment_ids)
         x_BTHP = x.reshape(batch, time, config.num_heads, config.head_dim)
@@ -181,7 +212,8 @@ class Mamba2(nnx.Module):
         C_BTGN: Array,
         state: MambaState | None,
         ctx: Context,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Any]:
+        """y, and the final state where there was one before."""
         if state is not None and x_BTHP.shape[1] == 1:
             y_BHP, ssm_BHPN = ssd_step(
                 state.ssm_BHPN.astype(jnp.float32),
@@ -193,18 +225,44 @@ class Mamba2(nnx.Module):
                 self.D[...],
             )
             return y_BHP[:, None], ssm_BHPN
-        return ssd(  # type: ignore[return-value]
-            x_BTHP,
-            dt_BTH,
-            A,
-            B_BTGN,
-            C_BTGN,
-            D=self.D[...],
-            chunk_size=self.config.chunk_size,
-            initial_state=None if state is None else state.ssm_BHPN,
-            segment_ids=ctx.segment_ids,
-            return_final_state=True,
+        cut = state is None and in_parts(x_BTHP.shape[1])
+
+        def scan(
+            x_BTHP: Array,
+            dt_BTH: Array,
+            A: Array,
+            B_BTGN: Array,
+            C_BTGN: Array,
+            D: Array,
+            initial_BHPN: Array | None,
+            segment_ids: Array | None,
+        ) -> tuple[Array, Array | None]:
+            if cut:
+                initial_BHPN = state_before(x_BTHP, dt_BTH, A, B_BTGN, segment_ids)
+            y_BTHP, final_BHPN = ssd(
+                x_BTHP,
+                dt_BTH,
+                A,
+                B_BTGN,
+                C_BTGN,
+                D=D,
+                chunk_size=self.config.chunk_size,
+                initial_state=initial_BHPN,
+                segment_ids=segment_ids,
+                return_final_state=True,
+            )
+            return y_BTHP, None if state is None else final_BHPN
+
+        x_axes, B_axes = ("batch", "time", "heads", None), ("batch", "time", "groups", None)
+        state_axes = ("batch", "heads", None, None)
+        run = per_device(
+            scan,
+            (x_axes, x_axes[:3], ("heads",), B_axes, B_axes, ("heads",), state_axes, ("batch", "time")),
+            (x_axes, None if state is None else state_axes),
+            whole=(() if cut else ("time",)) + _uncut_heads(self.config),
         )
+        initial_BHPN = None if state is None else state.ssm_BHPN
+        return run(x_BTHP, dt_BTH, A, B_BTGN, C_BTGN, self.D[...], initial_BHPN, ctx.segment_ids)
 
     @staticmethod
     def init_state(config: ModelConfig, rows: int, dtype: jnp.dtype) -> MambaState:

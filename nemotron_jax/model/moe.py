@@ -12,6 +12,9 @@ Shapes: B batch, T time, D model width, L latent (or model) width, F expert widt
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +24,11 @@ from nemotron_jax.config import ModelConfig, MoEConfig
 from nemotron_jax.model.context import Context
 from nemotron_jax.model.linear import Buffer, Linear, Scope, normal
 from nemotron_jax.model.mlp import FeedForward
-from pallas_kernels import grouped_matmul, permute, unpermute
+from nemotron_jax.parallel.experts import routed
+from nemotron_jax.parallel.local import per_device
+from nemotron_jax.precision.float32 import float32_matmul
+from nemotron_jax.precision.matmul import expert_matmul
+from nemotron_jax.precision.recipe import Precision
 
 
 class Router(nnx.Module):
@@ -37,19 +44,24 @@ class Router(nnx.Module):
 
     def __call__(self, h_BTD: Array) -> tuple[Array, Array, Array]:
         """h -> (scores [B, T, E] float32, chosen experts [B, T, K] int32, their weights [B, T, K] float32)."""
-        moe = self.config
-        logits_BTE = jnp.einsum(
-            "btd,de->bte", h_BTD.astype(jnp.float32), self.weight[...], precision=lax.Precision.HIGHEST
-        )
-        scores_BTE = jax.nn.sigmoid(logits_BTE)
-        choice_BTE = lax.stop_gradient(scores_BTE) + self.e_score_correction_bias[...]
-        if moe.num_groups > 1:
-            choice_BTE = _only_best_groups(choice_BTE, moe)
-        experts_BTK = lax.top_k(choice_BTE, moe.top_k)[1]
-        weights_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
-        if moe.normalize_weights:
-            weights_BTK = weights_BTK / (weights_BTK.sum(-1, keepdims=True) + 1e-20)
-        return scores_BTE, experts_BTK, weights_BTK * moe.scaling_factor
+        scores_BTE = jax.nn.sigmoid(float32_matmul(h_BTD, self.weight[...]))
+        run = per_device(functools.partial(_choose, self.config), (_TOKENS, (None,)), (_TOKENS, _TOKENS))
+        return scores_BTE, *run(scores_BTE, self.e_score_correction_bias[...])
+
+
+_TOKENS = ("batch", "time", None)
+
+
+def _choose(moe: MoEConfig, scores_BTE: Array, bias: Array) -> tuple[Array, Array]:
+    """Chosen experts and their weights."""
+    choice_BTE = lax.stop_gradient(scores_BTE) + bias
+    if moe.num_groups > 1:
+        choice_BTE = _only_best_groups(choice_BTE, moe)
+    experts_BTK = lax.top_k(choice_BTE, moe.top_k)[1]
+    weights_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
+    if moe.normalize_weights:
+        weights_BTK = weights_BTK / (weights_BTK.sum(-1, keepdims=True) + 1e-20)
+    return experts_BTK, weights_BTK * moe.scaling_factor
 
 
 def _only_best_groups(choice_BTE: Array, moe: MoEConfig) -> Array:
@@ -80,13 +92,30 @@ class Experts(nnx.Module):
             ("experts", "expert_mlp", axis),
             normal(config.output_init_std),
         )
-        self.precision = scope.precision
+        self.precision = scope.precision(width, moe.intermediate_size)
+        self.num_experts = moe.num_experts
 
-    def __call__(self, rows: Array, group_sizes: Array) -> Array:
-        """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
-        dtype = self.precision.operands
-        hidden = grouped_matmul(rows.astype(dtype), self.up_proj[...].astype(dtype), group_sizes, activation="relu2")
-        return grouped_matmul(hidden, self.down_proj[...].astype(dtype), group_sizes).astype(rows.dtype)
+    def __call__(self, u_BTL: Array, experts_BTK: Array, weights_BTK: Array, seed: Array | None) -> Array:
+        """sum_k weights[k] down(relu(up(u))^2) of the chosen experts: [B, T, L], [B, T, K] twice -> [B, T, L]."""
+        params = (self.up_proj, self.down_proj)
+        return routed(
+            functools.partial(_apply, self.precision),
+            u_BTL,
+            experts_BTK,
+            weights_BTK,
+            tuple(w[...] for w in params),
+            tuple(w.axes for w in params),
+            self.num_experts,
+            "float32" if self.precision.format else self.precision.operands,  # masters are rounded once
+            seed,
+        )
+
+
+def _apply(precision: Precision, params: Any, rows: Array, group_sizes: Array, seed: Array | None) -> Array:
+    """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
+    up_ELF, down_EFL = params
+    hidden = expert_matmul(rows, up_ELF, group_sizes, precision, seed, activation="relu2")
+    return expert_matmul(hidden, down_EFL, group_sizes, precision, seed).astype(rows.dtype)
 
 
 class MoE(nnx.Module):
@@ -119,20 +148,20 @@ class MoE(nnx.Module):
         batch, time = h_BTD.shape[:2]
         scores_BTE, experts_BTK, weights_BTK = self.gate(h_BTD)
         u_BTL = self.fc1_latent_proj(h_BTD, ctx.seed) if self.config.latent_size else h_BTD
-        flat = batch * time
-        rows, group_sizes, row_map = permute(
-            u_BTL.reshape(flat, -1), experts_BTK.reshape(flat, -1), self.config.num_experts
-        )
-        rows = self.experts(rows, group_sizes)
-        y_BTL = unpermute(rows, row_map, weights_BTK.reshape(flat, -1)).reshape(batch, time, -1)
+        y_BTL = self.experts(u_BTL, experts_BTK, weights_BTK, ctx.seed)
         y_BTD = self.fc2_latent_proj(y_BTL, ctx.seed) if self.config.latent_size else y_BTL
         y_BTD = y_BTD + self.shared_experts(h_BTD, ctx.seed)
 
+        statistics = per_device(
+            functools.partial(_statistics, self.config),
+            (_TOKENS, _TOKENS, ("batch", "time")),
+            (("time", "batch", None), ("time", "batch", None)),
+        )
         counted_BT = ctx.counted_tokens(batch, time)
-        counts_BE = _counts(experts_BTK, counted_BT, self.config.num_experts)
+        counts_BE, unbiased_BE = (z.sum(0) for z in statistics(scores_BTE, experts_BTK, counted_BT))
         aux = {
             "expert_counts": counts_BE.sum(0),
-            "load_balance_loss": _load_balance_loss(scores_BTE, counted_BT, self.config),
+            "load_balance_loss": _load_balance_loss(scores_BTE, unbiased_BE, counted_BT, self.config),
         }
         return y_BTD, None, aux
 
@@ -150,7 +179,14 @@ def _counts(experts_BTK: Array, counted_BT: Array, num_experts: int) -> Array:
     return counts.astype(jnp.float32)
 
 
-def _load_balance_loss(scores_BTE: Array, counted_BT: Array, moe: MoEConfig) -> Array:
+def _statistics(moe: MoEConfig, scores_BTE: Array, experts_BTK: Array, counted_BT: Array) -> tuple[Array, Array]:
+    """[1, B, E] counts of the chosen experts, and of the top-k of the scores without the correction bias."""
+    unbiased_BTK = lax.top_k(lax.stop_gradient(scores_BTE), moe.top_k)[1]
+    counts_BE, unbiased_BE = (_counts(chosen, counted_BT, moe.num_experts) for chosen in (experts_BTK, unbiased_BTK))
+    return counts_BE[None], unbiased_BE[None]
+
+
+def _load_balance_loss(scores_BTE: Array, counts_BE: Array, counted_BT: Array, moe: MoEConfig) -> Array:
     """mean over sequences of E / (k T^2) sum_i (sum_t p_ti) count_i.
 
     p: scores normalised over the experts; counts: of the top-k of the scores without the correction bias; T: the
@@ -158,7 +194,6 @@ def _load_balance_loss(scores_BTE: Array, counted_BT: Array, moe: MoEConfig) -> 
     """
     p_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + 1e-20)
     p_BE = jnp.where(counted_BT[..., None], p_BTE, 0).sum(1)
-    counts_BE = _counts(lax.top_k(lax.stop_gradient(scores_BTE), moe.top_k)[1], counted_BT, moe.num_experts)
     tokens_B = jnp.maximum(counted_BT.sum(1), 1).astype(jnp.float32)
     per_sequence = moe.num_experts / moe.top_k * (p_BE * counts_BE).sum(-1) / tokens_B**2
     return per_sequence.mean()

@@ -25,8 +25,7 @@ from nemotron_jax.model.linear import Buffer, Embedding, RMSNorm, Scope, normal
 from nemotron_jax.model.mamba2 import Mamba2
 from nemotron_jax.model.mtp import MTP, shift_left
 from nemotron_jax.model.state import DecodeState, MixerState, require_no_draft
-from nemotron_jax.parallel.mesh import constrain
-from nemotron_jax.precision.recipe import Recipe
+from nemotron_jax.precision.recipe import RECIPES, Recipe
 
 
 class Head(nnx.Module):
@@ -93,7 +92,7 @@ class Nemotron(nnx.Module):
             require_no_draft(state.layers)
             ctx = replace(ctx, lengths=state.lengths[rows])
             layer_states = state.layers
-        h_BTD = constrain(self.embeddings(tokens))
+        h_BTD = self.embeddings(tokens)
         h_BTD, layer_states, aux = run_layers(self.layers, h_BTD, ctx, layer_states, remat=remat)
         if state is not None and layer_states is not None:
             new = 0 if ctx.draft else tokens.shape[1] if ctx.new_tokens is None else ctx.new_tokens
@@ -175,3 +174,9 @@ def split_model(model: Nemotron) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 def abstract(config: ModelConfig, recipe: Recipe) -> Nemotron:
     """The model with shapes in place of arrays: nothing is allocated, whatever the size."""
     return nnx.eval_shape(functools.partial(Nemotron, config, recipe, jax.random.key(0)))
+
+
+def matmul_paths(config: ModelConfig) -> list[str]:
+    """Paths of everything that a precision recipe has a say in: ``layers/0/mixer/in_proj``."""
+    model = abstract(config, RECIPES["float32"])
+    return ["/".join(map(str, path)) for path, module in nnx.iter_modules(model) if hasattr(module, "precision")]

@@ -71,9 +71,16 @@ def describe(mesh: Mesh) -> str:
     return _spell(used) if used else "one device"
 
 
-def axis_size(axis: str) -> int:
-    """Size of a mesh axis in the mesh set by ``jax.set_mesh``; 1 outside of one."""
-    return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes that shard a logical axis."""
+    rule = RULES[name]
+    return (rule,) if isinstance(rule, str) else rule or ()
+
+
+def shards(name: str) -> int:
+    """Parts into which the mesh of this trace (``jax.set_mesh``) cuts a logical axis; 1 outside of a mesh."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(axis, 1) for axis in mesh_axes(name))
 
 
 def spec(shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> PartitionSpec:
@@ -85,8 +92,7 @@ def spec(shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> PartitionSpec
     used: set[str] = set()
     parts: list[tuple[str, ...] | None] = []
     for size, name in zip(shape, axes, strict=True):
-        rule = RULES[name]
-        wanted = tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule or ()) if axis not in used)
+        wanted = tuple(axis for axis in mesh_axes(name) if axis not in used)
         if wanted and size % math.prod(mesh.shape[axis] for axis in wanted) == 0:
             used.update(wanted)
             parts.append(wanted)

@@ -12,20 +12,57 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from nemotron_jax.precision.quantized import quantized_expert_matmul, quantized_matmul
 from nemotron_jax.precision.recipe import Precision
+from pallas_kernels import grouped_matmul
+from pallas_kernels.grouped_matmul import ACTIVATIONS
+from pallas_kernels.packed import Packed
 
 
-def matmul(x: Array, w: Array, precision: Precision, seed: Array | None = None) -> Array:
+def matmul(x: Array, w: Array | Packed, precision: Precision, seed: Array | None = None) -> Array:
     """``x [..., k] @ w [k, n] -> [..., n]`` in x's dtype.
 
     Args:
       x: activations.
-      w: weight; cast to the precision's operand dtype here, so master weights stay float32.
+      w: weight; cast to the precision's operand dtype here, so master weights stay float32. A packed one is frozen:
+        it gets no gradient.
       precision: resolved at construction from the recipe.
-      seed: uint32 scalar of this (step, microbatch, layer), for formats with stochastic rounding; none has it yet.
+      seed: uint32 scalar of this (step, microbatch, layer), for stochastic rounding.
     """
-    del seed
+    if isinstance(w, Packed):
+        return _packed_matmul(x, w, jnp.dtype(precision.operands))
+    if precision.format:
+        return quantized_matmul(x, w, precision, seed)
     return _matmul(x, w, jnp.dtype(precision.operands))
+
+
+def expert_matmul(
+    x: Array,
+    w: Array | Packed,
+    group_sizes: Array,
+    precision: Precision,
+    seed: Array | None = None,
+    *,
+    activation: str | None = None,
+) -> Array:
+    """Each group of rows times its expert's weight (pallas_kernels.grouped_matmul): the matmul of the routed experts.
+
+    Args:
+      x: [m, k], rows sorted by expert.
+      w: [e, k, n]; a packed one gets no gradient.
+      group_sizes: [e] int32.
+      seed: as in `matmul`.
+      activation: None or "relu2".
+
+    Returns:
+      [m, n] in the precision's operand dtype; of a quantised precision in x's.
+    """
+    if precision.format and not isinstance(w, Packed):
+        product = quantized_expert_matmul(x, w, group_sizes, precision, seed)
+        return ACTIVATIONS[activation](product).astype(x.dtype)
+    dtype = jnp.dtype(precision.operands)
+    w = w if isinstance(w, Packed) else w.astype(dtype)
+    return grouped_matmul(x.astype(dtype), w, group_sizes, activation=activation)
 
 
 def gemm_precision(dtype: jnp.dtype) -> lax.Precision:
@@ -63,3 +100,22 @@ def _matmul_bwd(operands: jnp.dtype, saved: tuple[Array, Array], dy: Array) -> t
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _packed_matmul(x: Array, w: Packed, operands: jnp.dtype) -> Array:
+    product = _gemm(x, w.operand(operands), ((x.ndim - 1,), (1,)), operands, jnp.dtype(jnp.float32))
+    return (product * w.scale).astype(x.dtype)
+
+
+def _packed_matmul_fwd(x: Array, w: Packed, operands: jnp.dtype) -> tuple[Array, tuple[Packed, Array]]:
+    return _packed_matmul(x, w, operands), (w, jnp.zeros((), x.dtype))
+
+
+def _packed_matmul_bwd(operands: jnp.dtype, saved: tuple[Packed, Array], dy: Array) -> tuple[Array, None]:
+    w, like_x = saved  # the packed weight is kept, not its operand: unpacked once more here
+    dx = _gemm(dy, w.operand(operands), ((dy.ndim - 1,), (0,)), operands, jnp.dtype(jnp.float32))
+    return (dx * w.scale).astype(like_x.dtype), None
+
+
+_packed_matmul.defvjp(_packed_matmul_fwd, _packed_matmul_bwd)

@@ -6,6 +6,7 @@ those of a run that was never killed (same machine, same number of devices).
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -29,8 +30,9 @@ from nemotron_jax.data.pipeline import TrainData, build, load_tokenizer
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.errors import ConfigError, DataError
 from nemotron_jax.model.counts import count_parameters, flops_per_token
-from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.nemotron import Nemotron, matmul_paths
 from nemotron_jax.parallel import mesh as meshes
+from nemotron_jax.parallel.fit import check_batch, check_model
 from nemotron_jax.parallel.processes import AgreedStop, in_turn
 from nemotron_jax.run_config import RunConfig, differing_keys, to_dict
 from nemotron_jax.training import workdir as workdirs
@@ -84,7 +86,7 @@ class Run:
         self.config, self.workdir, self.sampler = config, workdir, sampler
         self.first_process = jax.process_index() == 0
         mesh = meshes.make_mesh(config.parallel)
-        check_batch(config, mesh)
+        check_mesh(config, mesh)
         self.setup = TrainSetup(config, mesh)
         _ = self.setup.trained  # bad path rules are refused before anything is written
         self.tokenizer, self.data = in_turn(self._claim)
@@ -257,7 +259,11 @@ class Run:
             if loss_png(read_rows(self.workdir / METRICS_FILE), self.workdir / "loss.png"):
                 where["loss curve"] = self.workdir / "loss.png"
             if self.tokenizer is not None and self.sampler is not None and sampled is not None:
-                workdirs.write_atomically(self.workdir / "sample.txt", self.sampler(sampled, self.tokenizer))
+                # Many processes sample alone, on a device of each.
+                alone = jax.process_count() > 1
+                with contextlib.nullcontext() if alone else jax.set_mesh(self.setup.mesh):
+                    sample = self.sampler(sampled, self.tokenizer)
+                workdirs.write_atomically(self.workdir / "sample.txt", sample)
                 where["sample"] = self.workdir / "sample.txt"
         lines = [f"finished {self.step} steps."] + [f"  {name + ':':<12}{path}" for name, path in where.items()]
         if self.tokenizer is not None:
@@ -309,20 +315,17 @@ class Run:
         )
 
 
-def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises ConfigError when a microbatch or a row does not divide over the mesh."""
-    rows = config.train.global_batch_size // config.train.microbatches
-    shards = {axis: mesh.shape[axis] for axis in ("data", "fsdp", "expert")}
-    count = int(np.prod(list(shards.values())))
-    if rows % count:
-        raise ConfigError(
-            f"train.global_batch_size / train.microbatches is {rows} sequences, which do not divide over the "
-            f"{count} devices of the mesh axes data, fsdp and expert ({shards}): make it a multiple of {count}."
-        )
-    if config.data.seq_len % mesh.shape["context"]:
-        raise ConfigError(
-            f"data.seq_len ({config.data.seq_len}) must be a multiple of parallel.context ({mesh.shape['context']})."
-        )
+def check_mesh(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError when the model, a microbatch or a row does not divide over the mesh."""
+    check_model(config.model, mesh)
+    check_batch(
+        config.model,
+        mesh,
+        rows=config.train.global_batch_size // config.train.microbatches,
+        rows_name="train.global_batch_size / train.microbatches",
+        seq_len=config.data.seq_len,
+        seq_name="data.seq_len",
+    )
 
 
 def _open_data(config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh) -> tuple[Tokenizer | None, TrainData]:
@@ -394,8 +397,7 @@ def _token_bytes(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
 def _precision_table(setup: TrainSetup) -> dict[str, str]:
     recipe = setup.recipe
     table = {"residual stream": recipe.activations, "weights, optimizer, router, SSM state": "float32"}
-    table |= {f"matmuls {pattern}": precision.operands for pattern, precision in recipe.rules}
-    return table
+    return table | recipe.describe(matmul_paths(setup.config.model))
 
 
 def _shown(path: Path) -> str:

@@ -56,7 +56,7 @@ class TrainSetup:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return recipe(self.config.precision.recipe)
+        return recipe(self.config.precision.recipe, self.config.model)
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

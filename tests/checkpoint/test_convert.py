@@ -16,17 +16,17 @@ import nemotron_jax
 from nemotron_jax import __main__ as front
 from nemotron_jax.checkpoint import companions
 from nemotron_jax.checkpoint import convert as converting
-from nemotron_jax.checkpoint.convert import Calibration, convert
+from nemotron_jax.checkpoint.convert import Calibration, convert, dry_run
 from nemotron_jax.checkpoint.hf import Table
 from nemotron_jax.checkpoint.hf_directory import HFDirectory
 from nemotron_jax.checkpoint.layer_map import default_layer_map
 from nemotron_jax.checkpoint.modelopt import HF_QUANT_CONFIG, QuantConfig, Scheme, quantize, read_quant_config
-from nemotron_jax.checkpoint.safetensors import INDEX_FILE
+from nemotron_jax.checkpoint.safetensors import DTYPES, INDEX_FILE
 from nemotron_jax.config import same_network
 from nemotron_jax.errors import CheckpointError, UserError
 from nemotron_jax.hf_config import from_hf, to_hf
 from tests.checkpoint import hf_files
-from tests.checkpoint.test_hf_directory import EVEN, SMALL
+from tests.checkpoint.test_hf_directory import EVEN, SMALL, save
 from tests.tiny import TINY
 
 TOKENS = jnp.arange(24).reshape(2, 12) % 64
@@ -55,13 +55,51 @@ def test_there_and_back_is_bit_identical(tmp_path, hf, monkeypatch, block_bytes)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "run"]
 
 
+def test_zeros_of_either_sign_and_subnormals(tmp_path):
+    weights = hf_files.random_weights(SMALL)
+    weights["lm_head.weight"][:] = -0.0
+    weights["backbone.norm_f.weight"][:] = 0.0
+    weights["backbone.layers.0.mixer.D"][:] = [1e-40, -1e-40, -0.0, 3e38]
+    hf = hf_files.write(tmp_path / "hf", SMALL, weights)
+    convert(hf, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back")
+    assert hf_files.read(tmp_path / "back") == hf_files.read(hf)
+
+
+def test_compressed_tensors(tmp_path):
+    """nvfp4-pack-quantized: other names, and the reciprocal of the global scale; read, and passed through."""
+    quant = QuantConfig("NVFP4", exclude=("mtp*", "lm_head"))
+    hf = hf_files.write(tmp_path / "hf", EVEN, quant=quant)
+    arrays = {}
+    for name, (dtype, shape, data) in hf_files.read(hf).items():
+        array = np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+        stem, _, suffix = name.rpartition(".")
+        if suffix in ("weight_scale_2", "input_scale"):
+            suffix = {"weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}[suffix]
+            array = np.float32(1) / array.reshape(1)
+        elif dtype == "U8":
+            suffix = "weight_packed"
+        arrays[f"{stem}.{suffix}"] = array
+    values = to_hf(EVEN) | {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "nvfp4-pack-quantized",
+            "config_groups": {"group_0": {"weights": {"group_size": 16}, "input_activations": {"num_bits": 4}}},
+            "ignore": list(quant.exclude),
+        }
+    }
+    packed = save(tmp_path / "packed", arrays, values)
+    assert np.abs(logits(packed) - logits(hf)).max() < 1e-4
+    convert(packed, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back")
+    assert hf_files.read(tmp_path / "back") == hf_files.read(packed)
+
+
 def test_dtypes_are_kept_one_by_one(tmp_path):
     weights = hf_files.random_weights(SMALL)
     for name in ("backbone.layers.1.mixer.gate.weight", "backbone.layers.0.mixer.A_log"):
         weights[name] = weights[name].astype(np.float32) + np.float32(1e-6)
     weights["backbone.norm_f.weight"] = weights["backbone.norm_f.weight"].astype(np.float16)
-    from tests.checkpoint.test_hf_directory import save
-
     hf = save(tmp_path / "hf", weights)
     convert(hf, tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "back")
@@ -174,6 +212,45 @@ def test_quantised_tensors_pass_through(tmp_path, name):
     for file in ("config.json", HF_QUANT_CONFIG):
         assert json.loads((tmp_path / "back" / file).read_text()) == json.loads((hf / file).read_text())
     np.testing.assert_array_equal(logits(hf), logits(tmp_path / "run"))
+    for path in (hf, tmp_path / "run"):
+        listed = {tensor.name: (tensor.dtype, tensor.shape) for tensor in dry_run(EVEN, path, None)}
+        assert listed == {name: (dtype, shape) for name, (dtype, shape, _) in hf_files.read(hf).items()}
+
+
+def test_scales_of_experts_that_were_never_routed_to(tmp_path):
+    """Missing or 0: the largest of the same projection in the layer; the others stay as they are."""
+    hf = hf_files.write(tmp_path / "hf", EVEN, quant=QUANTS["nvfp4"], max_shard=1 << 30)
+    arrays = {
+        name: np.frombuffer(data, DTYPES[dtype]).reshape(shape).copy()
+        for name, (dtype, shape, data) in hf_files.read(hf).items()
+    }
+    scales = [f"backbone.layers.1.mixer.experts.{expert}.up_proj.input_scale" for expert in range(8)]
+    for number, name in enumerate(scales):
+        arrays[name][...] = 0.5 + number / 8
+    arrays[scales[2]][...] = 0
+    del arrays[scales[4]]
+    save(hf, arrays, json.loads((hf / "config.json").read_text()))
+    convert(hf, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back")
+    before, after = hf_files.read(hf), hf_files.read(tmp_path / "back")
+    assert {name: after[name] for name in before if name != scales[2]} == {
+        name: value for name, value in before.items() if name != scales[2]
+    }
+    assert after.keys() - before.keys() == {scales[4]}
+    assert [np.frombuffer(after[scales[i]][2], np.float32)[0] for i in (2, 4)] == [0.5 + 7 / 8] * 2
+
+
+def test_scales_of_an_mtp_cache_pass_through(tmp_path):
+    hf = hf_files.write(tmp_path / "hf", EVEN, quant=QUANTS["fp8"], max_shard=1 << 30)
+    arrays = {
+        name: np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+        for name, (dtype, shape, data) in hf_files.read(hf).items()
+    }
+    arrays["mtp.layers.0.mixer.k_proj.k_scale"] = np.full(1, 2.5, np.float32)
+    save(hf, arrays, json.loads((hf / "config.json").read_text()))
+    convert(hf, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back")
+    assert hf_files.read(tmp_path / "back") == hf_files.read(hf)
 
 
 @pytest.mark.parametrize("name", QUANTS)
@@ -252,6 +329,15 @@ def test_a_target_that_is_not_empty(tmp_path, hf):
     with pytest.raises(CheckpointError, match="does not exist or is read-only"):
         convert(hf, tmp_path / "no" / "where")
     assert tree(tmp_path) == before
+    for link in ("full", "nothing"):  # found out before the work, not when a folder should take its place
+        (tmp_path / "link").symlink_to(tmp_path / link)
+        with pytest.raises(CheckpointError, match="is a symbolic link"):
+            convert(hf, tmp_path / "link")
+        (tmp_path / "link").unlink()
+    with pytest.raises(CheckpointError, match=r"x.* failed|does not exist"):
+        convert(hf, tmp_path / ("x" * 300))
+    with pytest.raises(CheckpointError, match="does not exist or is read-only"):
+        convert(hf, tmp_path / "full" / "a" / "b")
     (tmp_path / "empty").mkdir()
     convert(hf, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").exists()
@@ -356,7 +442,7 @@ def test_the_command(tmp_path, hf, capsys):
         (["."], "needs SRC and DST"),
         (["nowhere", "b"], "there is no 'nowhere'"),
         ([".", "b", "--format=fp16"], "--format must be one of bf16, fp8, nvfp4, got 'fp16'"),
-        ([".", "b", "--dry-run=nano"], "takes no SRC, DST or --step"),
+        ([".", "b", "--dry-run=nano"], "takes no SRC, DST, --step or --calibration"),
         (["--dry-run=nanno"], "Did you mean 'nano'"),
         ([".", "b"], "holds no config.json"),
     ],

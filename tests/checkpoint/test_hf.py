@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nemotron_jax import __main__ as front
-from nemotron_jax.checkpoint.hf import Table, canonical, copy_into, leaf_shapes, plan, tensors_of, to_ours, to_theirs
+from nemotron_jax.checkpoint.convert import dry_run
+from nemotron_jax.checkpoint.hf import Table, canonical, copy_into, leaf_shapes, tensors_of, to_ours, to_theirs
 from nemotron_jax.config import PRESETS, preset
 from tests.tiny import TINY
 
@@ -22,7 +23,7 @@ from tests.tiny import TINY
 )
 def test_released_checkpoints(name, count, nbytes, capsys):
     """Tensors and bytes of the released BF16 files; what --dry-run prints says the same."""
-    tensors = plan(preset(name))
+    tensors = dry_run(preset(name), None, None)
     assert len({tensor.name for tensor in tensors}) == len(tensors) == count
     assert sum(tensor.nbytes for tensor in tensors) == nbytes
     assert front.run(["convert", f"--dry-run={name}"]) == 0
@@ -34,7 +35,7 @@ def test_released_checkpoints(name, count, nbytes, capsys):
 
 def test_names_and_shapes_of_super():
     """As the released Super has them (Megatron-Bridge, nemotron_h_bridge.py)."""
-    shapes = {tensor.name: tensor.shape for tensor in plan(preset("super"))}
+    shapes = {tensor.name: tensor.shape for tensor in dry_run(preset("super"), None, None)}
     expected = {
         "backbone.embeddings.weight": (131072, 4096),
         "backbone.layers.0.norm.weight": (4096,),
@@ -70,7 +71,7 @@ def test_names_and_shapes_of_super():
         "mtp.layers.1.final_layernorm.weight": (4096,),
     }
     assert {name: shapes.get(name) for name in expected} == expected
-    float32 = {tensor.name for tensor in plan(preset("super")) if tensor.dtype == "F32"}
+    float32 = {tensor.name for tensor in dry_run(preset("super"), None, None) if tensor.dtype == "F32"}
     assert float32 == {name for name in shapes if name.endswith("e_score_correction_bias")}
     assert len(float32) == 41
 

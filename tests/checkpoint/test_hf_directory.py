@@ -10,6 +10,7 @@ import pytest
 from nemotron_jax.checkpoint.hf import STACKED, canonical
 from nemotron_jax.checkpoint.hf_directory import HFDirectory
 from nemotron_jax.checkpoint.layer_map import default_layer_map
+from nemotron_jax.checkpoint.modelopt import HF_QUANT_CONFIG
 from nemotron_jax.checkpoint.report import is_finite
 from nemotron_jax.checkpoint.safetensors import DTYPES, INDEX_FILE, NAMES, ShardWriter, Tensor
 from nemotron_jax.config import MTPConfig
@@ -194,8 +195,22 @@ def test_an_index_that_says_something_else(tmp_path):
     (directory / INDEX_FILE).write_text(json.dumps(index))
     lines = faults(directory)
     assert any(f"{name} is in " in line for line in lines)
-    (directory / INDEX_FILE).write_text("{}")
-    assert f"{INDEX_FILE} is damaged: an object with a weight_map was expected." in faults(directory)
+    for text in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": null}}'):
+        (directory / INDEX_FILE).write_text(text)
+        assert f"{INDEX_FILE} is damaged: an object with a weight_map was expected." in faults(directory)
+    (directory / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "x" * 300}}))
+    assert f"{'x' * 300} is missing: 1 tensors." in faults(directory)
+
+
+def test_faults_come_in_the_order_of_the_model(tmp_path, weights):
+    narrow = {name: array.astype(np.float64) for name, array in weights.items()}
+    found = [line.split()[0] for line in faults(save(tmp_path / "hf", narrow)) if " is F64" in line]
+    assert found == list(weights)[: len(found)] and len(found) > 20
+
+
+def test_a_layer_number_that_is_none(tmp_path, weights):
+    weights["backbone.layers.².mixer.in_proj.weight"] = weights.pop("lm_head.weight")
+    assert any("layers.².mixer.in_proj.weight is no tensor" in line for line in faults(save(tmp_path / "hf", weights)))
 
 
 def test_a_pattern_that_is_not_that_of_the_tensors(tmp_path, weights):
@@ -210,6 +225,12 @@ def test_a_pattern_that_is_not_that_of_the_tensors(tmp_path, weights):
     assert line == "backbone.layers.3: the tensors are those of dense MLP, config.json says there are 3 layers."
     values = to_hf(dataclasses.replace(SMALL, mtp=MTPConfig("E*")))
     assert len([line for line in faults(save(tmp_path / "c", weights, values)) if line.startswith("mtp.layers")]) >= 2
+    # A quantised file whose config does not say so is of the right kind all the same.
+    quant = default_layer_map(EVEN, "nvfp4")
+    directory = hf_files.write(tmp_path / "d", EVEN, quant=quant, values=to_hf(EVEN))
+    (directory / HF_QUANT_CONFIG).unlink()
+    (directory / "config.json").write_text(json.dumps(to_hf(EVEN)))
+    assert not [line for line in faults(directory) if "the tensors are those of" in line]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from nemotron_jax.checkpoint.layer_map import default_layer_map
 from nemotron_jax.checkpoint.modelopt import (
+    HF_QUANT_CONFIG,
     QuantConfig,
     Scheme,
     dequantize,
@@ -193,12 +194,29 @@ def test_weights_alone():
         ({"quant_algo": "FP8", "kv_cache_quant_algo": "NVFP4"}, "'NVFP4' key/value cache"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "format pack-quantized cannot be read"),
         ({"quant_algo": "FP8", "config_groups": ["a"]}, "config_groups"),
+        ({"quant_algo": "FP8", "config_groups": {"a": {"weights": "x"}}}, "config_groups"),
+        ({"quant_method": "gptq", "bits": 4}, "quant_method is 'gptq': this version reads modelopt"),
+        ({"quant_algo": "FP8", "ignore": "lm_head"}, "ignore .* a list of names, got 'lm_head'"),
+        ({"quant_algo": "FP8", "exclude_modules": [1]}, "exclude_modules .* a list of names"),
+        ({"quant_algo": "FP8", "ignore": ["re:("]}, r"ignore .* has 're:\('"),
+        ({"quant_algo": "FP8", "producer": "modelopt"}, "producer .* should be an object"),
+        ({"quant_algo": "MIXED_PRECISION", "quantized_layers": ["m"]}, "quantized_layers .* should be an object"),
     ],
 )
 def test_what_cannot_be_read(values, message):
     for spelling in (values, {"quantization": values}):
         with pytest.raises(CheckpointError, match=message):
             parse_quant_config(spelling)
+
+
+@pytest.mark.parametrize("value", ["FP8", ["FP8"], {"quantization": "FP8"}, {"quantization": None}])
+def test_what_is_no_object(value, tmp_path):
+    with pytest.raises(CheckpointError, match="should be an object"):
+        parse_quant_config(value)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_algo": "FP8"}}')
+    (tmp_path / HF_QUANT_CONFIG).write_text(json.dumps({"quantization": value}))
+    with pytest.raises(CheckpointError):
+        read_quant_config(tmp_path)
 
 
 def test_no_algorithm_is_full_precision():

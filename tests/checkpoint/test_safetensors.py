@@ -94,6 +94,8 @@ def test_a_tensor_that_never_came_is_noticed(tmp_path):
         ({"a": 3}, b"", "a must have dtype, shape and data_offsets"),
         ({"a": entry() | {"x": 1}}, b"0" * 8, "a must have dtype"),
         ({"a": entry("F99")}, b"0" * 8, "unknown dtype 'F99'"),
+        ({"a": entry() | {"dtype": ["F32"]}}, b"0" * 8, r"unknown dtype \['F32'\]"),
+        ({"a": entry(shape=(1,) * 66 + (2,))}, b"0" * 8, "67 axes"),
         ({"a": entry(shape=(-2,))}, b"0" * 8, "whole numbers were expected"),
         ({"a": entry(shape=(2.0,))}, b"0" * 8, "whole numbers were expected"),
         ({"a": entry(offsets=(8, 0))}, b"0" * 8, r"\[begin, end\] were expected"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemotron_jax.checkpoint.hf import plan
+from nemotron_jax.checkpoint.convert import dry_run
 from nemotron_jax.checkpoint.safetensors import DTYPES, SafetensorsFile, ShardWriter
 from nemotron_jax.config import preset
 from nemotron_jax.hf_config import to_hf
@@ -25,7 +25,7 @@ def make(directory: Path) -> int:
     """Random finite weights of CONFIG; returns their bytes."""
     directory.mkdir()
     random = (np.random.default_rng(0).standard_normal(1 << 24, np.float32) * 0.02).astype(DTYPES["BF16"])
-    writer = ShardWriter(directory, tensors := plan(CONFIG))
+    writer = ShardWriter(directory, tensors := dry_run(CONFIG, None, None))
     for number, tensor in enumerate(tensors):
         size = int(np.prod(tensor.shape))
         for first in range(0, size, len(random)):

@@ -120,9 +120,10 @@ def test_hugging_face_files(tmp_path):
     text = "abc  é\n"
     assert len(loaded.encode(text)) == 5  # neither truncated nor padded
     assert loaded.token_bytes[loaded.encode(text)].sum() == len(text.encode())
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: expected JSON"):
-        Tokenizer.load(tmp_path)
+    for content, message in (("{", "expected JSON"), ("[]", "expected a JSON object, got list")):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(DataError, match=rf"tokenizer_config\.json: {message}"):
+            Tokenizer.load(tmp_path)
 
 
 def test_one_token_may_open_and_close():

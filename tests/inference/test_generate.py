@@ -1,5 +1,8 @@
 """Token ids that follow other token ids."""
 
+import resource
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +72,27 @@ def test_token_files_that_are_refused(values, tmp_path):
         read_tokens(tmp_path / "t.npz")
     with pytest.raises(DataError, match="cannot be written"):
         write_array(tmp_path / "missing" / "t.npy", values)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16])
+def test_damaged_token_files(content, tmp_path):
+    (tmp_path / "t.npy").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read as a NumPy array"):
+        read_tokens(tmp_path / "t.npy")
+
+
+def test_a_full_disk_leaves_no_part_of_an_array(tmp_path):
+    values = np.zeros((64, 64), np.int32)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"cannot be written \(.+\)"):
+            write_array(tmp_path / "t.npy", values)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,15 @@ def test_distributions(sampling, expected):
     np.testing.assert_allclose(frequencies(sampling), expected, atol=0.03)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-300])
+def test_very_low_temperatures_are_greedy(temperature, sign):
+    """Dividing by them would make every logit infinite, and the first token the choice."""
+    logits = jnp.asarray([[10.0, 30.0, 40.0, 20.0]]) - (50 if sign < 0 else 0)
+    assert sample(logits, jax.random.key(0), Sampling(temperature)).tolist() == [2]
+    assert sample(logits, jax.random.key(0), Sampling(temperature, top_k=3, top_p=0.9)).tolist() == [2]
+
+
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}])
 def test_bad_sampling(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemotron_jax.model.logprobs import head_logits, token_logprobs, weighted_nll
+from nemotron_jax.model.logprobs import _one_pass_logsumexp, head_logits, token_logprobs, weighted_nll
 
 
 def plain(hidden, weight, targets):
@@ -60,3 +60,8 @@ def test_full_logits_are_never_held(rng):
     ):
         text = jax.jit(jax.grad(function, argnums=(0, 1))).lower(hidden, weight).compile().as_text()
         assert "2,4,1000]" in text and "2,64,1000]" not in text and "128,1000]" not in text
+
+
+def test_the_one_pass_sum_that_gpus_run(rng):
+    logits = jnp.asarray(rng.normal(size=(2, 3, 1000)) * 100, jnp.float32).at[0, 0].set(-3e38).at[1, 1].set(90)
+    np.testing.assert_allclose(_one_pass_logsumexp(logits), jax.nn.logsumexp(logits, axis=-1), rtol=1e-6)

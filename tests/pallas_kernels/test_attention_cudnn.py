@@ -88,8 +88,8 @@ IDS = {
 
 
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-@pytest.mark.parametrize("count", [2, 3, 64])
-def test_values_and_gradients(played, ids, count):
+@pytest.mark.parametrize("counts", [(3, 2), (64, 3), (2, 64)])
+def test_values_and_gradients(played, ids, counts):
     random = np.random.default_rng(0)
     q, k, v, dout = (jnp.asarray(random.standard_normal((2, 10, h, 4)), jnp.float32) for h in (4, 2, 2, 4))
     run = run_ids(jnp.asarray(ids))
@@ -98,12 +98,21 @@ def test_values_and_gradients(played, ids, count):
         out, pull = jax.vjp(function, q, k, v)
         return out, *pull(dout)
 
-    got = jax.jit(lambda: vjp(lambda *z: attention_cudnn.attention(*z, run, scale=0.3, documents=count)))()
+    got = jax.jit(lambda: vjp(lambda *z: attention_cudnn.attention(*z, run, scale=0.3, documents=counts)))()
     want = vjp(lambda *z: attention_reference(*z, run, run, causal=True, scale=0.3))
     for z, expected in zip(got, want, strict=True):
         np.testing.assert_allclose(z, expected, atol=1e-5)
-    rounds = -(-(int(run.max()) + 1) // min(count, 10))
-    assert played == {"forward": rounds, "backward": rounds}  # one call each where the documents fit
+    forward, backward = (-(-(int(run.max()) + 1) // min(count, 10)) for count in counts)
+    assert played == {"forward": forward, "backward": backward}  # one call where the documents fit
+
+
+def test_the_backward_pass_takes_as_many_documents_as_its_memory_holds(monkeypatch):
+    taken = []
+    monkeypatch.setattr(attention_cudnn, "_packed", lambda scale, counts, q, k, v, run: taken.append(counts))
+    for batch, time in ((2, 8192), (1, 2048), (8, 32768), (1, 7)):
+        q = jax.ShapeDtypeStruct((batch, time, 32, 128), jnp.bfloat16)
+        attention_cudnn.attention(q, q, q, jnp.zeros((batch, time), jnp.int32), scale=1.0)
+    assert taken == [(32, 8), (32, 64), (32, 2), (7, 7)]
 
 
 def operands(dtype=jnp.bfloat16, time=16, keys=16, head_dim=128):

@@ -1,4 +1,6 @@
-"""The backward kernel of the convolution, interpreted on the CPU with race detection, against autodiff in float32."""
+"""The kernels of the convolution, interpreted on the CPU with race detection, against the reference in float32."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import causal_conv1d, causal_conv1d_mosaic
 from pallas_kernels.causal_conv1d import causal_conv1d_reference
-from pallas_kernels.causal_conv1d_mosaic import backward, unfit
+from pallas_kernels.causal_conv1d_mosaic import backward, forward, unfit
 from pallas_kernels.dispatch import compiling_for
 from pallas_kernels.segments import run_ids
 
@@ -36,18 +38,20 @@ def operands(batch, time, channels, taps, *, bias, state, packed):
         ((1, 24, 256), 3, False, {"bias": False, "state": True, "packed": False}),
     ],
 )
-def test_gradients(shape, taps, silu, given):
+def test_values_and_gradients(shape, taps, silu, given, interpret):
     x, w, bias, state, run, dy = operands(*shape, taps, **given)
 
     def reference(x, w, bias, state):
         return causal_conv1d_reference(x, w, bias, state, run, activation="silu" if silu else None)
 
-    _, pull = jax.vjp(reference, x.astype(jnp.float32), w, bias, state)
+    y, pull = jax.vjp(reference, x.astype(jnp.float32), w, bias, state)
     want = pull(dy.astype(jnp.float32))
-    interpret = plgpu.InterpretGPUParams(detect_races=True)
-    got = backward(x, w, bias, state, run, dy, silu=silu, chunk=16, interpret=interpret)
-    np.testing.assert_allclose(got[0].astype(jnp.float32), want[0], rtol=2**-8, atol=1e-5)  # rounded once
-    for dz, want_dz in zip(got[1:], want[1:], strict=True):
+    settings = {"silu": silu, "chunk": 16, "interpret": interpret}
+    got = forward(x, w, bias, state, run, **settings)
+    np.testing.assert_allclose(got.astype(jnp.float32), y, rtol=2**-8, atol=1e-5)  # rounded once
+    dx, *rest = backward(x, w, bias, state, run, dy, **settings)
+    np.testing.assert_allclose(dx.astype(jnp.float32), want[0], rtol=2**-8, atol=1e-5)
+    for dz, want_dz in zip(rest, want[1:], strict=True):
         if want_dz is not None:
             np.testing.assert_allclose(dz, want_dz, rtol=1e-4, atol=1e-4)
 
@@ -56,21 +60,20 @@ def test_operands_that_do_not_fit():
     x, w = jnp.ones((1, 8, 256), jnp.bfloat16), jnp.ones((256, 4))
     assert unfit(x, w) == ""
     assert "bfloat16, got float32" in unfit(x.astype(jnp.float32), w)
-    assert "a multiple of 256, got 255" in unfit(x[..., 1:], w[1:])
+    assert "a multiple of 256, got 255" in unfit(x, w[1:])
     assert "2 to 8 taps, got 1" in unfit(x, w[:, :1])
     assert "2 to 8 taps, got 9" in unfit(x, jnp.ones((256, 9)))
 
 
 @pytest.mark.parametrize("given", [{"bias": True, "state": True}, {"bias": False, "state": False}])
-def test_gradients_have_the_dtypes_of_the_inputs(given, monkeypatch):
-    """What surrounds the kernel: which gradient belongs to which input, and no gradient for what is absent."""
+def test_what_surrounds_the_kernels(given, monkeypatch):
+    """Which gradient belongs to which input, in its dtype, and none for what is absent."""
     x, w, bias, state, run, dy = operands(1, 16, 256, 4, packed=True, **given)
     w = w.astype(jnp.bfloat16)
 
-    def interpreted(*args, **kwargs):
-        return backward(*args, **kwargs, interpret=plgpu.InterpretGPUParams())
-
-    monkeypatch.setattr(causal_conv1d_mosaic, "backward", interpreted)
+    for name in ("forward", "backward"):
+        kernel = partial(getattr(causal_conv1d_mosaic, name), interpret=plgpu.InterpretGPUParams())
+        monkeypatch.setattr(causal_conv1d_mosaic, name, kernel)
 
     def grads(x, impl):
         def call(x, w, bias, state):

@@ -39,7 +39,7 @@ def operands(time, heads, kv_heads, size, page_size, lengths):
 @pytest.mark.parametrize(
     ("sizes", "splits"),
     [
-        ((1, 32, 2, 300, None, (299, 5, 63)), 3),  # the last block is cut; five tokens take one span of three
+        ((1, 32, 2, 296, None, (295, 5, 63)), 3),  # the last block is cut; five tokens take one span of three
         ((3, 10, 2, 256, 16, (0, 130, 253)), 2),  # drafted tokens; blocks of four pages; an empty cache
         ((1, 8, 1, 384, 128, (300,)), 2),  # blocks cut from pages
         ((5, 16, 1, 128, None, (60,)), 2),  # a longer draft: 80 rows, two tiles
@@ -69,11 +69,12 @@ def test_operands_that_do_not_fit():
         q, cache = jnp.zeros((2, time, heads, head_dim), dtype), jnp.zeros((2, size, kv_heads, head_dim), jnp.bfloat16)
         return unfit(q, cache, cache, paged=paged)
 
-    assert reason() == reason(16) == reason(size=19) == reason(paged=True) == reason(size=8, paged=True) == ""
+    assert reason() == reason(16) == reason(size=24) == reason(paged=True) == reason(size=8, paged=True) == ""
     assert "at most 256 new tokens times query heads of a key/value head" in reason(17)
     assert "head_dim must be 128, got 64" in reason(head_dim=64)
     assert "must be bfloat16, got bfloat16, float32" in reason(dtype=jnp.float32)
-    for size in (4, 24, 96):
+    assert "page_size must be a multiple of 8, got 19" in reason(size=19)
+    for size in (24, 96):
         assert f"page_size must be 8, 16, 32 or a multiple of 64, got {size}" in reason(size=size, paged=True)
 
 

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from nemotron_jax.config import PRESETS
 from nemotron_jax.errors import ConfigError
 from nemotron_jax.model.nemotron import abstract
-from nemotron_jax.parallel.mesh import AXES, RULES, axis_size, describe, make_mesh, shardings, spec
+from nemotron_jax.parallel.mesh import AXES, RULES, describe, make_mesh, shardings, shards, spec
 from nemotron_jax.precision.recipe import RECIPES
 from nemotron_jax.run_config import ParallelConfig
 
@@ -19,9 +19,9 @@ def test_mesh_always_has_all_axes():
     assert tuple(mesh.axis_names) == AXES
     assert describe(mesh) == "data=2, fsdp=2, tensor=2"
     assert describe(make_mesh(ParallelConfig(), jax.devices()[:1])) == "one device"
-    assert axis_size("tensor") == 1
+    assert shards("heads") == shards("batch") == 1
     with jax.set_mesh(mesh):
-        assert axis_size("tensor") == 2
+        assert (shards("heads"), shards("batch"), shards("norm")) == (2, 4, 1)
 
 
 @pytest.mark.parametrize("config", [ParallelConfig(tensor=3), ParallelConfig(data=4), ParallelConfig(data=1, fsdp=16)])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import nemotron_jax
+from nemotron_jax.checkpoint.convert import convert
 from nemotron_jax.data.tokenizer import train_bpe
 from nemotron_jax.errors import CheckpointError, ConfigError, DataError
 from nemotron_jax.evaluation.likelihood import perplexity, score
@@ -209,6 +210,44 @@ def test_init_from_another_run(finished, config, tmp_path):
         pretrain(missing, tmp_path / "missing")
 
 
+def test_init_from_a_hugging_face_directory(finished, config, tmp_path):
+    """The same start as from the run itself; what an export will need comes along."""
+    convert(finished, tmp_path / "hf")
+    (tmp_path / "hf/chat_template.jinja").write_text("{{ messages }}")
+
+    def start(source):
+        return dataclasses.replace(
+            config,
+            checkpoint=dataclasses.replace(config.checkpoint, init_from=str(source)),
+            train=dataclasses.replace(config.train, steps=1, seed=5),
+        )
+
+    assert pretrain(start(finished), tmp_path / "a") == DONE
+    assert pretrain(start(tmp_path / "hf"), tmp_path / "b") == DONE
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+    convert(tmp_path / "b", tmp_path / "out", format="bf16")
+    assert (tmp_path / "out/chat_template.jinja").exists() and (tmp_path / "out/tokenizer.json").exists()
+    other = start(tmp_path / "hf")
+    other = dataclasses.replace(other, model=dataclasses.replace(config.model, norm_eps=1e-6))
+    with pytest.raises(ConfigError, match="norm_eps"):
+        pretrain(other, tmp_path / "other")
+    (tmp_path / "hf/model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
+        pretrain(start(tmp_path / "hf"), tmp_path / "missing")
+    assert not (tmp_path / "other").exists() and not (tmp_path / "missing").exists()
+
+
+def test_evaluation_of_a_hugging_face_directory(finished, tmp_path):
+    convert(finished, tmp_path / "hf")
+    np.save(tmp_path / "in.npy", np.random.default_rng(0).integers(0, 64, (3, 9)))
+    for name in ("hf", "run"):
+        score(finished if name == "run" else tmp_path / "hf", tmp_path / "in.npy", tmp_path / f"{name}.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "hf.npy"), np.load(tmp_path / "run.npy"))
+    (tmp_path / "text.txt").write_text("def main():\n    pass\n")
+    ours, theirs = (perplexity(path, str(tmp_path / "text.txt")) for path in (finished, tmp_path / "hf"))
+    assert ours["tokens"] == theirs["tokens"] and theirs["bits_per_byte"] > 0
+
+
 def test_refused_data_leave_nothing_behind(config, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"txt": 1}\n')
@@ -265,10 +304,10 @@ def test_batches_must_fit_the_mesh(config):
     rows = dataclasses.replace(config.train, global_batch_size=12, microbatches=3)
     parallel = dataclasses.replace(config.parallel, data=4, expert=2)
     with pytest.raises(ConfigError, match="multiple of 8"):
-        loop.check_batch(dataclasses.replace(config, train=rows), make_mesh(parallel, jax.devices()))
+        loop.check_mesh(dataclasses.replace(config, train=rows), make_mesh(parallel, jax.devices()))
     with pytest.raises(ConfigError, match=r"data\.seq_len"):
         mesh = make_mesh(dataclasses.replace(config.parallel, context=8), jax.devices())
-        loop.check_batch(dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=12)), mesh)
+        loop.check_mesh(dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=12)), mesh)
 
 
 def test_load_score_and_generate(finished, tmp_path):

@@ -98,24 +98,6 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(count, batches, train
         np.testing.assert_allclose(a, b, atol=2e-3, err_msg=name)
 
 
-AXES = ["fsdp=8", "tensor=2,data=2,expert=2", "context=2,fsdp=4"]
-
-
-@pytest.mark.parametrize("axes", AXES)
-def test_sharded_equals_one_device(axes, batches):
-    """On 8 fake devices: losses of three steps, for the axes alone and mixed."""
-    rng = np.random.default_rng(2)
-    batches = [random_batch(rng, rows=8) for _ in range(3)]
-    base = tiny_run(train={"global_batch_size": 8})
-    _, _, expected = run_steps(base, batches)
-    sizes = {name: int(size) for name, size in (part.split("=") for part in axes.split(","))}
-    config = dataclasses.replace(base, parallel=ParallelConfig(**{"data": 1, **sizes}))
-    _, _, metrics = run_steps(config, batches, devices=8)
-    for a, b in zip(metrics, expected, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-
-
 def test_parameters_and_moments_are_sharded_alike():
     config = tiny_run(parallel={"data": 1, "fsdp": 2, "tensor": 2, "expert": 2})
     setup = TrainSetup(config, make_mesh(config.parallel, jax.devices()))

@@ -2,9 +2,9 @@
 
 Run in an environment of its own, which the project never needs otherwise (the fixtures are committed):
 
-    python3.11 -m venv /tmp/hf && /tmp/hf/bin/pip install torch==2.13.0 transformers==5.23.0
-    /tmp/hf/bin/python tests/golden/hf/make_fixtures.py          # writes nano/, super/ and dense/
-    /tmp/hf/bin/python tests/golden/hf/make_fixtures.py DIR ...  # compares directories with their expected.npz
+    python3.11 -m venv hf-env && hf-env/bin/pip install torch==2.13.0 transformers==5.23.0
+    hf-env/bin/python tests/golden/hf/make_fixtures.py          # writes nano/, super/ and dense/
+    hf-env/bin/python tests/golden/hf/make_fixtures.py DIR ...  # compares directories with their expected.npz
 
 Each directory is as NVIDIA's releases are: config.json as transformers writes it, BF16 tensors (router biases float32)
 under NVIDIA's names, one tensor an expert; super/ has MTP tensors, which transformers drops, and two shards with an

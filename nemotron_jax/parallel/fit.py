@@ -1,0 +1,65 @@
+"""Whether a model, a batch and a sequence can be cut by a mesh: said before anything is compiled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from nemotron_jax.config import ModelConfig
+from nemotron_jax.errors import ConfigError
+from nemotron_jax.parallel.mesh import mesh_axes
+
+
+def check_model(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises ConfigError where an axis does not divide experts, groups or heads, naming the sizes that would do."""
+    letters = model.pattern + (model.mtp.pattern if model.mtp else "")
+    if "M" in letters:  # heads are a multiple of groups
+        groups = model.mamba.num_groups
+        _require(mesh, "groups", groups, f"model.mamba.num_groups ({groups})", lambda n: groups % n == 0)
+    if "*" in letters:
+        heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
+        shown = f"model.attention.num_heads ({heads}) together with num_kv_heads ({kv_heads})"
+        _require(mesh, "heads", heads, shown, lambda n: heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0))
+    if "E" in letters:
+        experts = model.moe.num_experts
+        _require(mesh, "experts", experts, f"model.moe.num_experts ({experts})", lambda n: experts % n == 0)
+
+
+def _require(mesh: Mesh, name: str, most: int, shown: str, fits: Callable[[int], bool]) -> None:
+    (axis,) = mesh_axes(name)
+    if not fits(mesh.shape[axis]):
+        good = ", ".join(str(n) for n in range(1, most + 1) if fits(n))
+        raise ConfigError(f"parallel.{axis}={mesh.shape[axis]} does not divide {shown}: it may be one of {good}.")
+
+
+def check_batch(model: ModelConfig, mesh: Mesh, *, rows: int, rows_name: str, seq_len: int, seq_name: str) -> None:
+    """Raises ConfigError where the rows of a microbatch or the tokens of a row do not divide over the mesh.
+
+    Args:
+      rows_name, seq_name: what the user calls them.
+    """
+    axes = mesh_axes("batch")
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    if rows % parts:
+        sizes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+        raise ConfigError(
+            f"{rows_name} is {rows} sequences, which do not divide over the {parts} devices of the mesh axes that hold "
+            f"rows ({sizes}): make it a multiple of {parts}."
+        )
+    (axis,) = mesh_axes("time")
+    parts = mesh.shape[axis]
+    if seq_len % parts:
+        good = [str(n) for n in range(1, seq_len + 1) if seq_len % n == 0]
+        raise ConfigError(
+            f"{seq_name} ({seq_len}) must be a multiple of parallel.{axis} ({parts}): make it "
+            f"{seq_len // parts * parts or parts} or {(seq_len // parts + 1) * parts}, or parallel.{axis} one of "
+            f"{', '.join(good)}."
+        )
+    before = model.mamba.conv_kernel - 1
+    if parts > 1 and "M" in model.pattern and seq_len // parts < before:
+        raise ConfigError(
+            f"parallel.{axis}={parts} leaves {seq_len // parts} tokens of {seq_name} ({seq_len}) to a device, but the "
+            f"convolution of Mamba reads {before} tokens before each: at most {seq_len // before} devices would do."
+        )

@@ -1,0 +1,115 @@
+"""Functions of the part of their operands that each device holds: where kernels, sorts and collectives live.
+
+XLA cannot cut a kernel (a custom call) or a sort into parts by itself; it would gather their operands. Between them
+lie matmuls and elementwise work, which it shards by the sharding table alone.
+
+Inside, no collective is hidden: an operand with fewer logical axes than the mesh has is whole on each device, and its
+gradient is summed over the axes that it does not name. A result that is a partial sum over an axis has to be summed
+there before it is returned.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from nemotron_jax.parallel.mesh import mesh_axes, shards
+
+Axes = tuple[str | None, ...]
+
+
+def per_device(
+    function: Callable[..., Any], operands: Sequence[Axes | None], results: Any, *, whole: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """``function`` under ``jax.shard_map``; itself where there is no mesh, or one device.
+
+    Args:
+      function: of arrays, or None in place of some.
+      operands: logical axes of each operand (None, or an axis None: not sharded).
+      results: logical axes of the results, a tuple for each, in the structure that the function returns.
+      whole: logical axes to keep on each device as a whole.
+
+    A logical axis that its mesh axes do not divide, in one of the operands, is whole on each device.
+    """
+
+    def run(*arrays: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return function(*arrays)
+        sizes = [
+            (name, size)
+            for axes, array in zip(operands, arrays, strict=True)
+            if axes is not None and array is not None
+            for name, size in zip(axes, array.shape, strict=True)
+        ]
+        kept = {name for name, size in sizes if name is not None and size % shards(name)} | set(whole)
+
+        alone = tuple(axis for axis, size in mesh.shape.items() if size == 1)
+
+        def spec(axes: Axes | None) -> PartitionSpec:
+            names = [() if name is None or name in kept else mesh_axes(name) for name in axes or ()]
+            if names:  # axes of one device: named somewhere, no sum over them is made
+                names[0] += tuple(axis for axis in alone if not any(axis in others for others in names))
+            return PartitionSpec(*(axes or None for axes in names))
+
+        in_specs = tuple(None if array is None else spec(axes) for axes, array in zip(operands, arrays, strict=True))
+        out_specs = jax.tree.map(spec, results, is_leaf=_is_axes)
+        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+    return run
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
+
+
+def gathered(part: Array, axes: Axes, shape: Sequence[int], dtype: DTypeLike) -> Array:
+    """Inside `per_device`: the part of a weight of ``shape`` made whole along the axes of FSDP ("embed", "latent").
+
+    It travels in ``dtype``. The gradient is summed over the devices in the dtype of the part, and cut back into parts.
+    """
+    dimension = _cut_by_fsdp(part, axes, shape)
+    return part.astype(dtype) if dimension is None else _gather(dimension, jnp.dtype(dtype), part.dtype, part)
+
+
+def scattered(whole: Array, axes: Axes, part: Array, shape: Sequence[int]) -> Array:
+    """The transpose of `gathered`: a sum over the devices, each with its ``part``."""
+    dimension = _cut_by_fsdp(part, axes, shape)
+    return whole if dimension is None else _scatter(dimension, whole)
+
+
+def _cut_by_fsdp(part: Array, axes: Axes, shape: Sequence[int]) -> int | None:
+    cut = [d for d, size in enumerate(shape) if axes[d] in ("embed", "latent") and part.shape[d] < size]
+    return cut[0] if cut else None  # a mesh axis cuts one dimension of an array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gather(dimension: int, dtype: jnp.dtype, master: jnp.dtype, part: Array) -> Array:
+    return lax.all_gather(part.astype(dtype), mesh_axes("embed"), axis=dimension, tiled=True)
+
+
+def _scatter(dimension: int, whole: Array) -> Array:
+    return lax.psum_scatter(whole, mesh_axes("embed"), scatter_dimension=dimension, tiled=True)
+
+
+def _gather_fwd(dimension: int, dtype: jnp.dtype, master: jnp.dtype, part: Array) -> tuple[Array, None]:
+    return _gather(dimension, dtype, master, part), None
+
+
+def _gather_bwd(dimension: int, dtype: jnp.dtype, master: jnp.dtype, _: None, d: Array) -> tuple[Array]:
+    return (_scatter(dimension, d.astype(master)),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def index(name: str) -> Array:
+    """Inside `per_device`: which part of a logical axis this device holds."""
+    return lax.axis_index(mesh_axes(name))

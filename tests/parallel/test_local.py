@@ -1,0 +1,92 @@
+"""Functions of a device's part of its operands."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nemotron_jax.parallel.local import gathered, index, per_device, scattered
+from nemotron_jax.parallel.mesh import mesh_axes
+from tests.parallel.conftest import collectives
+
+
+def shapes_seen(mesh, axes, *shapes, **kwargs):
+    seen = []
+
+    def function(*parts):
+        seen.extend(None if part is None else part.shape for part in parts)
+        return parts[0]
+
+    arrays = [None if shape is None else jnp.zeros(shape) for shape in shapes]
+    with jax.set_mesh(mesh):
+        out = jax.eval_shape(per_device(function, axes, axes[0], **kwargs), *arrays)
+    assert out.shape == shapes[0]
+    return seen
+
+
+def test_each_device_sees_its_part(eight):
+    mesh = eight(fsdp=2, context=2, tensor=2)
+    axes = [("batch", "time", "heads", None), ("heads",), ("batch", "time")]
+    assert shapes_seen(mesh, axes, (4, 6, 2, 5), (2,), (4, 6)) == [(2, 3, 1, 5), (1,), (2, 3)]
+    assert shapes_seen(mesh, axes, (4, 6, 2, 5), (2,), None) == [(2, 3, 1, 5), (1,), None]
+    assert shapes_seen(mesh, axes, (4, 6, 2, 5), (2,), (4, 6), whole=("time",)) == [(2, 6, 1, 5), (1,), (2, 6)]
+
+
+def test_what_does_not_divide_is_whole(eight):
+    """In every operand that has the axis."""
+    mesh = eight(fsdp=2, context=2, tensor=2)
+    axes = [("batch", "time", "heads"), ("batch", "heads")]
+    assert shapes_seen(mesh, axes, (3, 6, 4), (3, 4)) == [(3, 3, 2), (3, 2)]
+    assert shapes_seen(mesh, axes, (4, 6, 4), (4, 5)) == [(2, 3, 4), (2, 5)]
+    assert shapes_seen(mesh, axes, (4, 5, 4), (4, 4)) == [(2, 5, 2), (2, 2)]
+
+
+def test_nothing_happens_without_a_mesh():
+    jaxpr = jax.make_jaxpr(per_device(jnp.sin, [("batch",)], ("batch",)))(jnp.zeros(8))
+    assert "shard_map" not in str(jaxpr)
+
+
+def test_gradients_of_operands_that_devices_share_are_summed(eight):
+    """Over the axes that have more than one device, and no others."""
+    x, w = jnp.arange(32.0).reshape(8, 4), jnp.arange(4.0)
+
+    def loss(w, x):
+        return jnp.square(per_device(lambda w, x: x * w, [(None,), ("batch", None)], ("batch", None))(w, x)).sum()
+
+    expected = jax.grad(loss)(w, x)
+    with jax.set_mesh(eight(data=4, fsdp=2)):
+        np.testing.assert_allclose(jax.jit(jax.grad(loss))(w, x), expected, rtol=1e-6)
+        sharded = jax.device_put(x, jax.sharding.NamedSharding(eight(data=4, fsdp=2), jax.P(("data", "fsdp"))))
+        assert len(collectives(jax.grad(loss), w, sharded)) == 1
+
+
+def test_gathered_and_scattered_are_transposes(eight):
+    axes, shape = ("vocab", "embed"), (4, 16)
+    weight = jax.random.normal(jax.random.key(0), shape)
+
+    def of_device(part, factor):
+        whole = gathered(part, axes, shape, jnp.bfloat16)
+        assert whole.dtype == jnp.bfloat16 and whole.shape == (2, 16)
+        _, pull = jax.vjp(lambda part: gathered(part, axes, shape, jnp.bfloat16), part)
+        d = factor[0].astype(jnp.bfloat16) * jnp.ones_like(whole)
+        (of_gathered,) = pull(d)
+        assert of_gathered.dtype == jnp.float32
+        return whole[None], of_gathered, scattered(d.astype(jnp.float32), axes, part, shape)
+
+    with jax.set_mesh(eight(fsdp=4, tensor=2)):
+        run = per_device(of_device, [axes, ("batch",)], (("batch", "vocab", None), axes, axes))
+        wholes, a, b = jax.jit(run)(weight, jnp.arange(4.0))
+    for whole in wholes:
+        np.testing.assert_array_equal(whole, weight.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(a, np.full(shape, 0 + 1 + 2 + 3))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_index_counts_along_all_axes_of_a_logical_one(eight):
+    def of_device(x):
+        assert lax.axis_size(mesh_axes("batch")) == 8
+        return x * 0 + index("batch")
+
+    with jax.set_mesh(eight(data=2, fsdp=2, expert=2)):
+        got = jax.jit(per_device(of_device, [("batch",)], ("batch",)))(jnp.zeros(8, jnp.int32))
+    np.testing.assert_array_equal(got, np.arange(8))

@@ -1,0 +1,184 @@
+"""Quantised matmuls against the oracle of the formats: which operand is rounded how, in all three products."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from nemotron_jax.precision.matmul import expert_matmul, matmul
+from nemotron_jax.precision.quantized import DGRAD, WGRAD, random_bytes
+from nemotron_jax.precision.recipe import Precision
+from tests.pallas_kernels import nvfp4_oracle as oracle
+
+RNG = np.random.default_rng(0)
+SEED = jnp.uint32(7)
+M, K, N = 37, 64, 48  # tokens that are no multiple of 16
+X, W, DY = (RNG.normal(size=shape).astype(np.float32) for shape in ((M, K), (K, N), (M, N)))
+W[:16, :16] *= 40  # an outlier block
+
+
+def rounded(z, block="1x16", bits=None):
+    return oracle.dequantize(*oracle.quantize(z, block, bits=bits))
+
+
+def along_tokens(z, hadamard, bits=None):
+    """[M, N] quantised in blocks of 16 tokens, in float64, padding included."""
+    padded = np.pad(z, ((0, -len(z) % 16), (0, 0))).T.copy()
+    turned = oracle.hadamard(padded) if hadamard else padded
+    return rounded(turned, bits=None if bits is None else np.asarray(bits).T).T
+
+
+def gradients(precision, x=X, w=W, dy=DY, dtype=jnp.float32):
+    function = jax.jit(lambda x, w: matmul(x, w, precision, SEED))
+    y, pull = jax.vjp(function, jnp.asarray(x, dtype), jnp.asarray(w))
+    return [np.asarray(z, np.float64) for z in (y, *pull(jnp.asarray(dy, dtype)))]
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("weight_block", ["16x16", "1x16"])
+def test_nvfp4(stochastic, hadamard, weight_block):
+    precision = Precision("float32", "nvfp4", weight_block, stochastic, hadamard)
+    y, dx, dw = gradients(precision)
+    bits = {
+        product: np.asarray(random_bytes(SEED, product, (rows, N))) if stochastic else None
+        for product, rows in ((DGRAD, M), (WGRAD, 48))
+    }
+    close(y, rounded(X) @ rounded(W.T, weight_block).T)
+    close(dx, rounded(DY, bits=bits[DGRAD]) @ rounded(W, weight_block).T)
+    if hadamard:  # sums in float32 and in float64 differ, so a code may: compare what nearly all of it is
+        expected = along_tokens(X, True).T @ along_tokens(DY, True, bits[WGRAD])
+        assert np.linalg.norm(dw - expected) < 0.03 * np.linalg.norm(expected)
+        assert np.linalg.norm(dw - along_tokens(X, False).T @ along_tokens(DY, False)) > 0.05 * np.linalg.norm(dw)
+    else:
+        close(dw, along_tokens(X, False).T @ along_tokens(DY, False, bits[WGRAD]))
+    exact = X.T.astype(np.float64) @ DY
+    assert 0.02 < np.linalg.norm(dw - exact) / np.linalg.norm(exact) < 0.25
+
+
+def test_one_weight_forwards_and_backwards():
+    """16x16 blocks: the weight of dgrad has the codes of fprop. With 1x16 it has not."""
+    eye_k, eye_n = np.eye(K, dtype=np.float32), np.eye(N, dtype=np.float32)
+    for block, same in (("16x16", True), ("1x16", False)):
+        precision = Precision("float32", "nvfp4", block, stochastic=False)
+        w = gradients(precision, x=eye_k, dy=np.zeros((K, N), np.float32))[0]
+        w_again = gradients(precision, x=np.zeros((N, K), np.float32), dy=eye_n)[1].T
+        assert (w == w_again).all() == same
+
+
+def test_bfloat16_activations():
+    """Rounded to bfloat16 nowhere but at the end; the weight's gradient not even there."""
+    x, dy = X.astype(ml_dtypes.bfloat16), DY.astype(ml_dtypes.bfloat16)
+    precision = Precision("bfloat16", "nvfp4", stochastic=False, hadamard=False)
+    y, dx, dw = gradients(precision, x, W, dy, jnp.bfloat16)
+    np.testing.assert_allclose(y, rounded(x) @ rounded(W.T, "16x16").T, rtol=2**-8, atol=1e-4)
+    np.testing.assert_allclose(dx, rounded(dy) @ rounded(W, "16x16").T, rtol=2**-8, atol=1e-4)
+    close(dw, along_tokens(x.astype(np.float32), False).T @ along_tokens(dy.astype(np.float32), False))
+
+
+def mxfp8(z):
+    """Blocks of 32 along the last axis."""
+    blocks = z.astype(np.float64).reshape(len(z), -1, 32)
+    scale = 2.0 ** np.ceil(np.log2(np.maximum(np.abs(blocks).max(-1, keepdims=True), 1e-30) / 448))
+    return (np.clip(blocks / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale).reshape(
+        z.shape
+    )
+
+
+def fp8(z):
+    scale = 448 / np.abs(z).max()
+    return (z * scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) / scale
+
+
+@pytest.mark.parametrize(("format", "function"), [("mxfp8", mxfp8), ("fp8", fp8)])
+def test_eight_bits(format, function):
+    n = 64
+    w, dy = np.concatenate([W, W[:, :16]], axis=1), RNG.normal(size=(M, n)).astype(np.float32)
+    y, dx, dw = gradients(Precision("float32", format), w=w, dy=dy)
+    pad = lambda z: np.pad(z, ((0, -M % 32), (0, 0))).T.copy()  # noqa: E731
+    close(y, function(X) @ function(w.T.copy()).T)
+    close(dx, function(dy) @ function(w).T)
+    close(dw, function(pad(X)) @ function(pad(dy)).T)
+
+
+SIZES = np.array([5, 0, 33, 16, 1], np.int32)  # 55 of 60 rows
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8", "fp8"])
+@pytest.mark.parametrize("activation", [None, "relu2"])
+def test_each_expert_is_a_tensor_of_its_own(format, activation):
+    """The same as one matmul an expert, its tokens padded with zeros to whole blocks."""
+    n = 64
+    scale = np.repeat(10.0 ** np.arange(5), [5, 0, 33, 16, 6])[:, None]  # so that a shared amax would be seen
+    x = jnp.asarray(RNG.normal(size=(60, K)) * scale, jnp.float32)
+    w = jnp.asarray(RNG.normal(size=(5, K, n)) * 3.0 ** np.arange(5)[:, None, None], jnp.float32)
+    dy = jnp.asarray(RNG.normal(size=(60, n)) * scale, jnp.float32)
+    precision = Precision("float32", format, stochastic=False)
+    together = jax.jit(lambda x, w: expert_matmul(x, w, jnp.asarray(SIZES), precision, activation=activation))
+    y, pull = jax.vjp(together, x, w)
+    dx, dw = pull(dy)
+
+    def alone(x, w):
+        z = matmul(x, w, precision)
+        return jnp.square(jax.nn.relu(z)) if activation else z
+
+    for e, (start, size) in enumerate(zip(np.cumsum(SIZES) - SIZES, SIZES, strict=True)):
+        rows = slice(start, start + size)
+        if not size:
+            assert (np.asarray(dw[e]) == 0).all()
+            continue
+        y_e, pull_e = jax.vjp(alone, x[rows], w[e])
+        dx_e, dw_e = pull_e(dy[rows])
+        for found, expected in ((y[rows], y_e), (dx[rows], dx_e), (dw[e], dw_e)):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
+    assert (np.asarray(y[55:]) == 0).all() and (np.asarray(dx[55:]) == 0).all()
+
+
+def test_experts_round_gradients_stochastically():
+    x, w = jnp.asarray(RNG.normal(size=(60, K)), jnp.float32), jnp.asarray(RNG.normal(size=(5, K, N)), jnp.float32)
+    precision = Precision("float32", "nvfp4", hadamard=False)
+    sizes, dy = jnp.asarray(SIZES), jnp.asarray(RNG.normal(size=(60, N)), jnp.float32)
+
+    @jax.jit
+    def grads(seed):
+        return jax.vjp(lambda x, w: expert_matmul(x, w, sizes, precision, seed), x, w)[1](dy)
+
+    once, again, other = grads(jnp.uint32(1)), grads(jnp.uint32(1)), grads(jnp.uint32(2))
+    for a, b, c in zip(once, again, other, strict=True):
+        assert (a == b).all() and (a != c).mean() > 0.5
+
+
+def test_stochastic_gradients_are_unbiased():
+    """The mean over seeds is the product of the unrounded gradient (the format rounds toward zero by < 1 %)."""
+    precision = Precision("float32", "nvfp4", hadamard=False)
+
+    @jax.jit
+    def dx_of(seed):
+        return jax.vjp(lambda x: matmul(x, jnp.asarray(W), precision, seed), jnp.asarray(X))[1](jnp.asarray(DY))[0]
+
+    mean = np.mean([np.asarray(dx_of(jnp.uint32(seed))) for seed in range(200)], axis=0)
+    expected = DY @ rounded(W, "16x16").T
+    nearest = np.asarray(
+        jax.vjp(lambda x: matmul(x, jnp.asarray(W), Precision("float32", "nvfp4", stochastic=False)), jnp.asarray(X))[
+            1
+        ](jnp.asarray(DY))[0]
+    )
+    error = np.linalg.norm(mean - expected) / np.linalg.norm(expected)
+    assert error < 0.02 < np.linalg.norm(nearest - expected) / np.linalg.norm(expected)
+
+
+def test_random_bytes():
+    found = np.asarray(random_bytes(SEED, 1, (400, 130)))
+    assert found.dtype == np.uint8 and found.shape == (400, 130)
+    counts = np.bincount(found.ravel(), minlength=256)
+    assert abs(counts - found.size / 256).max() < 6 * np.sqrt(found.size / 256)
+    assert (np.asarray(random_bytes(SEED, 1, (500, 130)))[:400] == found).all()  # a token's place alone counts
+    for other in (random_bytes(SEED, 2, (400, 130)), random_bytes(SEED + 1, 1, (400, 130)), np.roll(found, 1, axis=0)):
+        assert abs((np.asarray(other) == found).mean() - 1 / 256) < 0.002
+    correlation = np.corrcoef(found[:, :-1].ravel(), found[:, 1:].ravel())[0, 1]
+    assert abs(correlation) < 0.02

@@ -1,0 +1,97 @@
+"""Steps of training under the quantised recipes."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from nemotron_jax.model.nemotron import abstract
+from nemotron_jax.parallel.mesh import make_mesh
+from nemotron_jax.precision.recipe import QUANTIZED, recipe
+from nemotron_jax.run_config import PrecisionConfig
+from nemotron_jax.training.state import TrainSetup
+from nemotron_jax.training.step import global_batch, make_train_step
+from tests.tiny import TINY, random_batch, tiny_run
+
+MODEL = dataclasses.replace(
+    TINY,
+    pattern="ME*M",  # the last one stays in bfloat16
+    intermediate_size=64,
+    mamba=dataclasses.replace(TINY.mamba, num_heads=32, num_groups=2),
+    moe=dataclasses.replace(TINY.moe, intermediate_size=32, shared_intermediate_size=64, latent_size=32),
+    mtp=dataclasses.replace(TINY.mtp, depth=1),
+)
+BATCHES = [random_batch(np.random.default_rng(seed)) for seed in range(3)]
+
+
+@functools.cache
+def compiled(name, axis):
+    """(setup, step) on one device, or on two along a mesh axis."""
+    parallel = {"data": 1} | ({axis: 2} if axis else {})
+    config = dataclasses.replace(tiny_run(model=MODEL, parallel=parallel), precision=PrecisionConfig(name))
+    setup = TrainSetup(config, make_mesh(config.parallel, jax.devices()[: 2 if axis else 1]))
+    return setup, make_train_step(setup)
+
+
+def run(name, axis=None):
+    """Loss and gradient norm of three steps, and the parameters at the end."""
+    setup, step = compiled(name, axis)
+    found = []
+    with jax.set_mesh(setup.mesh):
+        state = jax.device_put(setup.init_state(), setup.state_shardings())
+        for batch in BATCHES:
+            state, metrics = step(state, global_batch(setup, batch))
+            found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return np.array(found), jax.device_get(state.params)
+
+
+losses = functools.cache(run)
+
+
+SLOW = pytest.mark.slow  # each recipe is a program of its own to compile
+
+
+@pytest.mark.parametrize(
+    "name", ["nvfp4", *(pytest.param(other, marks=SLOW) for other in ("nvfp4-all-layers", "mxfp8", "fp8"))]
+)
+def test_the_loss_is_near_that_of_bfloat16(name):
+    exact, _ = losses("bfloat16")
+    found, _ = losses(name)
+    assert np.isfinite(found).all() and (found != exact).all()
+    tolerance = 0.03 if "nvfp4" in name else 0.01
+    np.testing.assert_allclose(found[:, 0], exact[:, 0], rtol=tolerance)
+    np.testing.assert_allclose(found[:, 1], exact[:, 1], rtol=5 * tolerance)
+
+
+@SLOW
+@pytest.mark.parametrize("name", sorted(set(QUANTIZED) - {"nvfp4", "nvfp4-all-layers", "mxfp8", "fp8"}))
+def test_each_ablation_is_another_run(name):
+    found, full = losses(name)[0], losses("nvfp4")[0]
+    assert np.isfinite(found).all()
+    same_forward = name != "nvfp4-1d-weights"
+    assert (found[0, 0] == full[0, 0]) == same_forward and found[0, 1] != full[0, 1]
+
+
+def test_runs_repeat_bit_for_bit():
+    first, again = losses("nvfp4"), run("nvfp4")
+    np.testing.assert_array_equal(first[0], again[0])
+    jax.tree.map(np.testing.assert_array_equal, first[1], again[1])
+
+
+@SLOW
+@pytest.mark.parametrize("axis", ["fsdp", "expert", "tensor"])
+def test_on_a_mesh(axis):
+    """The same amax, blocks and bits; a sum in another order moves a few elements to another code."""
+    found, one = losses("nvfp4", axis)[0], losses("nvfp4")[0]
+    np.testing.assert_allclose(found[0], one[0], rtol=1e-2)
+    np.testing.assert_allclose(found, one, rtol=0.03)
+
+
+def test_layers_of_a_kind_share_their_definition():
+    """M and E in NVFP4, and both in bfloat16 at the end."""
+    config = dataclasses.replace(MODEL, pattern="MEMEMEMEME")
+    definitions = [nnx.split(layer)[0] for layer in abstract(config, recipe("nvfp4", config)).layers]
+    assert len(set(definitions[:8])) == 2 and len(set(definitions)) == 4
