@@ -131,7 +131,7 @@ def saved_for_backward(config: ModelConfig, letter: str, recipe: Recipe) -> Save
     """
     (short, few), (long, more) = ((_residuals(config, letter, recipe, tokens), tokens) for tokens in (512, 1024))
     # By shape without the tokens' part: residuals come in the same order at both lengths.
-    wide = inner = rows = copies = 0.0
+    wide = inner = rows = inner_rows = copies = 0.0
     width = {config.hidden_size, config.moe.latent_size}
     for one, two in zip(short, long, strict=True):
         per_token = (two.size - one.size) / (more - few)
@@ -141,12 +141,15 @@ def saved_for_backward(config: ModelConfig, letter: str, recipe: Recipe) -> Save
         elif one.dtype == bool or (one.dtype == jnp.float32 != jnp.dtype(recipe.activations) and per_token > 1024):
             continue
         elif one.shape[0] == few * config.moe.top_k:
-            rows += per_token * size
+            if one.shape[-1] in width:
+                rows += per_token * size
+            else:
+                inner_rows += per_token * size
         elif one.shape[-1] in width:
             wide += per_token * size
         else:
             inner += per_token * size
-    return Saved(wide, inner, rows, copies)
+    return Saved(wide, inner, rows, inner_rows, copies)
 
 
 def _residuals(config: ModelConfig, letter: str, recipe: Recipe, tokens: int) -> list[jax.ShapeDtypeStruct]:

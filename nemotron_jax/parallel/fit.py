@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from nemotron_jax.config import ModelConfig
 from nemotron_jax.errors import ConfigError
 from nemotron_jax.parallel.mesh import mesh_axes
 
 
-def check_model(model: ModelConfig, mesh: Mesh) -> None:
+def check_model(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError where an axis does not divide experts, groups or heads, naming the sizes that would do."""
     letters = model.pattern + (model.mtp.pattern if model.mtp else "")
     if "M" in letters:  # heads are a multiple of groups
@@ -27,14 +27,16 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
         _require(mesh, "experts", experts, f"model.moe.num_experts ({experts})", lambda n: experts % n == 0)
 
 
-def _require(mesh: Mesh, name: str, most: int, shown: str, fits: Callable[[int], bool]) -> None:
+def _require(mesh: Mesh | AbstractMesh, name: str, most: int, shown: str, fits: Callable[[int], bool]) -> None:
     (axis,) = mesh_axes(name)
     if not fits(mesh.shape[axis]):
         good = ", ".join(str(n) for n in range(1, most + 1) if fits(n))
         raise ConfigError(f"parallel.{axis}={mesh.shape[axis]} does not divide {shown}: it may be one of {good}.")
 
 
-def check_batch(model: ModelConfig, mesh: Mesh, *, rows: int, rows_name: str, seq_len: int, seq_name: str) -> None:
+def check_batch(
+    model: ModelConfig, mesh: Mesh | AbstractMesh, *, rows: int, rows_name: str, seq_len: int, seq_name: str
+) -> None:
     """Raises ConfigError where the rows of a microbatch or the tokens of a row do not divide over the mesh.
 
     Args:

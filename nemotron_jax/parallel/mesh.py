@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemotron_jax.errors import ConfigError
 from nemotron_jax.run_config import ParallelConfig
@@ -83,7 +83,7 @@ def shards(name: str) -> int:
     return math.prod(sizes.get(axis, 1) for axis in mesh_axes(name))
 
 
-def spec(shape: Sequence[int], axes: Sequence[str], mesh: Mesh) -> PartitionSpec:
+def spec(shape: Sequence[int], axes: Sequence[str], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """PartitionSpec of an array from its logical axes.
 
     A dimension that its mesh axes do not divide stays whole on every device (two key/value heads over four tensor
@@ -159,4 +159,4 @@ def constrain(x: Array) -> Array:
     if mesh.empty:
         return x
     names = ("batch", "time") + ("norm",) * (x.ndim - 2)
-    return jax.lax.with_sharding_constraint(x, spec(x.shape, names, mesh))  # type: ignore[arg-type]
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, names, mesh))

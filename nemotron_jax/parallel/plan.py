@@ -24,7 +24,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from nemotron_jax.config import ModelConfig
 from nemotron_jax.errors import ConfigError, did_you_mean
-from nemotron_jax.parallel.mesh import AXES, RULES, spec
+from nemotron_jax.parallel.fit import check_batch, check_model
+from nemotron_jax.parallel.mesh import AXES, mesh_axes, spec
 from nemotron_jax.run_config import ParallelConfig
 
 # One H200 (NVIDIA's data sheet): dense bfloat16 FLOP/s, bytes/s and bytes of its memory, bytes/s of NVLink one way.
@@ -57,13 +58,15 @@ class Saved:
     Attributes:
       wide: arrays of the model's or the latent width: whole on each device of `tensor`.
       inner: arrays over heads or feed-forward channels: cut by `tensor`.
-      rows: arrays with a row for each chosen expert of a token.
+      rows: arrays with a row of the experts' input width for each chosen expert of a token.
+      inner_rows: the same of the experts' feed-forward width: cut by `tensor`.
       copies: of weights, in the dtype of the operands.
     """
 
     wide: float = 0.0
     inner: float = 0.0
     rows: float = 0.0
+    inner_rows: float = 0.0
     copies: float = 0.0
 
 
@@ -136,22 +139,16 @@ class Plan:
                 f"--interconnect must be one of {', '.join(INTERCONNECTS)}, got {work.interconnect!r}.{hint}"
             )
         self.domain = INTERCONNECTS[work.interconnect].domain
-        self.rows = self._divide("--batch", work.batch, "batch")
-        self.time = self._divide("--seq", work.seq, "time")
-        self.tokens = self.rows * self.time  # of a device
-
-    def _divide(self, flag: str, size: int, name: str) -> int:
-        axes = _axes(name)
-        count = math.prod(self.sizes[axis] for axis in axes)
-        if size % count:
-            raise ConfigError(f"{flag}={size} does not divide over the {count} devices of {', '.join(axes)}.")
-        return size // count
+        check_model(model, self.mesh)
+        check_batch(model, self.mesh, rows=work.batch, rows_name="--batch", seq_len=work.seq, seq_name="--seq")
+        self.rows = work.batch // math.prod(self.sizes[axis] for axis in mesh_axes("batch"))
+        self.tokens = self.rows * work.seq // math.prod(self.sizes[axis] for axis in mesh_axes("time"))  # of a device
 
     # Who holds what
 
     def _cut(self, shape: Sequence[int], axes: Sequence[str]) -> dict[str, int]:
         """{mesh axis: its size} of those that cut a weight."""
-        parts = spec(shape, axes, self.mesh)  # type: ignore[arg-type]
+        parts = spec(shape, axes, self.mesh)
         used = [axis for names in parts for axis in ((names,) if isinstance(names, str) else names or ())]
         return {axis: self.sizes[axis] for axis in used if self.sizes[axis] > 1}
 
@@ -229,8 +226,12 @@ class Plan:
     def _saved(self, part: Part) -> float:
         """Bytes that one run of a layer leaves, were nothing recomputed."""
         saved, tensor, experts = part.saved, self.sizes["tensor"], self.sizes["expert"]
-        rows = saved.rows if experts == 1 else 0.0  # they are sent once more instead (parallel/experts.py)
-        return self.tokens * (saved.wide + (saved.inner + rows) / tensor) + saved.copies / tensor / experts
+        rows = self._rows(part) if experts == 1 else 0.0  # they are sent once more instead (parallel/experts.py)
+        return self.tokens * (saved.wide + saved.inner / tensor) + rows + saved.copies / tensor / experts
+
+    def _rows(self, part: Part) -> float:
+        """Bytes of rows of the experts."""
+        return self.tokens * (part.saved.rows + part.saved.inner_rows / self.sizes["tensor"])
 
     def _kept(self, part: Part) -> float:
         """Bytes that one run leaves until its backward pass."""
@@ -239,24 +240,37 @@ class Plan:
             return 4 * self._elements(part) + wide
         if part.name in ("embeddings", "mtp eh_proj"):
             return wide if part.name == "embeddings" else 3 * wide
-        return wide if self.work.remat == "full" else self._saved(part)
+        if self.work.remat == "none":
+            return self._saved(part)
+        returned = part.name.endswith("E") and self.sizes["expert"] > 1  # what the experts sent back is kept as well
+        return wide + self.tokens * self._expert_width() * self.work.operands * returned
+
+    def _expert_width(self) -> int:
+        return self.model.moe.latent_size or self.model.hidden_size
 
     def _at_work(self, part: Part) -> float:
         """Bytes that the backward pass of one run needs beside what was kept."""
         again = max(0.0, self._saved(part) - self._kept(part))
         tensor = self.sizes["tensor"]
         own = self.tokens * (part.saved.wide + part.saved.inner / tensor)
-        rows = self.tokens * part.saved.rows / tensor * (TRAVELLING if self.sizes["expert"] > 1 else WORKING)
+        rows = self._rows(part) * (TRAVELLING if self.sizes["expert"] > 1 else WORKING)
         return self._gathered(part) + again + rows + WORKING * own
 
     def _gathered(self, part: Part) -> float:
-        """Bytes of weights that FSDP has put together for a block, and of the largest gradient before it is cut."""
-        whole = {
-            path: math.prod(shape) / math.prod(cut.values()) * cut["fsdp"]
-            for path, (shape, axes) in part.tensors.items()
-            if "fsdp" in (cut := self._cut(shape, axes))
-        }
-        return self.work.operands * sum(whole.values()) + 4 * max(whole.values(), default=0.0)
+        """Bytes of weights that FSDP has put together for a block, and of gradients that are not cut yet.
+
+        These are the largest float32 one; of experts on other devices, sums over the rounds of all of them.
+        """
+        gathered, largest, summed = 0.0, 0.0, 0.0
+        for shape, axes in part.tensors.values():
+            cut = self._cut(shape, axes)
+            whole = math.prod(shape) / math.prod(size for axis, size in cut.items() if axis != "fsdp")
+            if "fsdp" in cut:
+                gathered += self.work.operands * whole
+                largest = max(largest, 4 * whole)
+            if "expert" in cut:
+                summed += (4 + self.work.operands) * whole
+        return gathered + max(largest, summed)
 
     def _head(self) -> float:
         """Float32 logits of a chunk, their gradient, and that of the whole weight in float32 (model/logprobs.py)."""
@@ -283,16 +297,15 @@ class Plan:
                 whole = here * cut["fsdp"]
                 _add(found, "fsdp all-gather", self._group(["fsdp"]).gather(gathers * whole))
                 _add(found, "fsdp reduce-scatter", self._group(["fsdp"]).gather(4 * part.runs * whole))
-            others = [axis for axis in (*_axes("batch"), *_axes("time")) if axis not in cut]
+            others = [axis for axis in (*mesh_axes("batch"), *mesh_axes("time")) if axis not in cut]
             reduced = self._group(others).gather(2 * 4 * here)  # to all of them: a reduce-scatter and a gather
             _add(found, "gradient all-reduce", reduced)
         if part.name[-1] in "M*E-":
             passes = part.runs * (again + 1)  # the last matmul in each forward pass, the input's gradient
             _add(found, "tensor all-reduce", self._group(["tensor"]).gather(2 * passes * wide))
         if part.name.endswith("E"):
-            moe = self.model.moe
-            row = (moe.latent_size or self.model.hidden_size) * moe.top_k * self.work.operands
-            sent = part.runs * (2 * again + 3) * self.tokens * row
+            row = self._expert_width() * self.model.moe.top_k * self.work.operands
+            sent = part.runs * (2 + 3) * self.tokens * row
             _add(found, "expert all-to-all", self._group(["expert"]).exchange(sent))
         if part.name.endswith("*"):
             attention = self.model.attention
@@ -312,7 +325,7 @@ class Plan:
         again = 2 if self.work.remat == "full" and part.name[-1] in "M*E-" else 1
         flops = part.runs * (2 + again) * part.flops * self.tokens / self.sizes["tensor"]
         weights = self._elements(part, without="fsdp")
-        saved = self.tokens * (part.saved.wide + (part.saved.inner + part.saved.rows) / self.sizes["tensor"])
+        saved = self.tokens * (part.saved.wide + part.saved.inner / self.sizes["tensor"]) + self._rows(part)
         # Weights are read in each pass and their gradient is written; what is saved is written, read, and its gradient
         # too. The optimizer reads and writes 7 float32 numbers a weight.
         moved = part.runs * ((again + 1) * self.work.operands + 4) * weights + 28 * self._elements(part)
@@ -368,11 +381,6 @@ class Plan:
 # travel, with their gradients, in rounds with room for half as many again. Fitted to compiled steps (BENCHMARKS.md).
 WORKING, TRAVELLING = 0.5, 7.0
 MAX_LOGITS = 2**29  # model/logprobs.py
-
-
-def _axes(name: str) -> tuple[str, ...]:
-    rule = RULES[name]
-    return (rule,) if isinstance(rule, str) else rule or ()
 
 
 def _add(found: dict[str, tuple[float, float]], name: str, more: tuple[float, float]) -> None:

@@ -80,13 +80,11 @@ def bytes_of(made: Plan, part: str) -> dict[str, float]:
 
 
 def test_tokens_travel_at_latent_width(parts_of):
-    """Super: 22 rows of 1024 numbers a token, twice in each of two forward passes, three times backwards."""
+    """Super: 22 rows of 1024 numbers a token, twice in the forward pass, three times backwards, never once more."""
     made = plan(parts_of, "super", {"expert": 8}, batch=8)
     rows = 8192 * 22 * 1024 * 2
-    assert bytes_of(made, "E")["expert all-to-all"] == pytest.approx((2 * 2 + 3) * rows * 7 / 8)
+    assert bytes_of(made, "E")["expert all-to-all"] == pytest.approx((2 + 3) * rows * 7 / 8)
     assert "fsdp all-gather" not in bytes_of(made, "E")
-    kept = plan(parts_of, "super", {"expert": 8}, batch=8, remat="none")
-    assert bytes_of(kept, "E")["expert all-to-all"] == pytest.approx((2 + 3) * rows * 7 / 8)
 
 
 def test_weights_travel_in_bfloat16_and_gradients_in_float32(parts_of):
@@ -137,12 +135,19 @@ def test_the_limit_moves_with_the_network(parts_of):
 
 # Bytes of a device that XLA plans for train.py's step, compiled for H200s that are not there (BENCHMARKS.md).
 COMPILED = [
-    ("nano", "MEM*E", {}, 1, 8192, "none", 55.41e9),
-    ("nano", "MEM*E", {}, 1, 8192, "full", 50.23e9),
+    ("nano", "MEM*E", {}, 1, 8192, "none", 55.42e9),
+    ("nano", "MEM*E", {}, 1, 8192, "full", 50.25e9),
     ("nano", "MEM*E", {"fsdp": 8}, 8, 8192, "full", 14.76e9),
     ("nano", "MEM*E", {"expert": 8}, 8, 8192, "full", 22.32e9),
-    ("nano", "MEM*E", {"fsdp": 2, "expert": 4}, 8, 8192, "none", 20.20e9),
-    ("tiny-super", "MEM*EME", {"fsdp": 8}, 8, 8192, "none", 4.68e9),
+    ("nano", "MEM*E", {"fsdp": 2, "expert": 4}, 8, 8192, "none", 20.40e9),
+    ("nano", "MEM*E", {"context": 8}, 1, 65536, "full", 55.87e9),
+    ("super", "MEM*E", {"fsdp": 4, "expert": 2}, 8, 8192, "full", 53.43e9),
+    ("super", "MEM*E", {"fsdp": 2, "expert": 4}, 16, 8192, "none", 68.98e9),
+    ("tiny-super", "MEM*EME", {"fsdp": 8}, 8, 8192, "none", 4.79e9),
+    ("tiny-super", "MEM*EME", {"expert": 8}, 16, 8192, "full", 5.02e9),
+    ("nano-4b", "M-M*-", {"fsdp": 8}, 8, 8192, "full", 7.92e9),
+    ("nano-4b", "M-M*-", {"tensor": 8}, 1, 8192, "full", 3.14e9),
+    ("nano-4b", "M-M*-", {"data": 2, "tensor": 4}, 2, 8192, "none", 7.07e9),
 ]
 
 
@@ -206,8 +211,13 @@ def test_bad_input(arguments, message):
     ("mesh", "work", "message"),
     [
         ({"data": -1}, {}, "plan counts no devices"),
-        ({"fsdp": 8}, {"batch": 4}, "--batch=4 does not divide over the 8 devices of data, fsdp, expert"),
-        ({"context": 3}, {"seq": 64}, "--seq=64 does not divide over the 3 devices of context"),
+        ({"fsdp": 8}, {"batch": 4}, "--batch is 4 sequences, which do not divide over the 8 devices"),
+        ({"context": 3}, {"seq": 64}, r"--seq \(64\) must be a multiple of parallel.context \(3\)"),
+        (
+            {"tensor": 3},
+            {},
+            r"parallel.tensor=3 does not divide model.mamba.num_groups \(8\): it may be one of 1, 2, 4, 8",
+        ),
         ({}, {"interconnect": "ib40"}, "--interconnect must be one of ib200, .* Did you mean 'ib400'"),
     ],
 )
