@@ -136,14 +136,14 @@ class CheckpointStore:
 
     def _restore(self, step: int, template: Tree) -> Restored:
         args = {name: ocp.args.StandardRestore(_nested(tree)) for name, tree in template.items()}
-        result, problem = None, None
+        # A process reads its own part; one that goes on to another step alone would leave the others waiting.
         try:
             result = self._manager.restore(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonRestore()))
-        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-            problem = error
-        # A process reads its own part; one that goes on to another step alone would leave the others waiting.
-        if not everywhere(problem is None) or result is None:
-            raise problem or CheckpointError("another process cannot read its part.")
+        except Exception:  # Orbax and TensorStore raise many kinds for damaged files
+            everywhere(False)
+            raise
+        if not everywhere(True):
+            raise CheckpointError("another process cannot read its part.")
         meta = result["meta"]
         if meta.get("format") != FORMAT:
             raise CheckpointError(f"it has format {meta.get('format')!r}, this version reads {FORMAT}.")
