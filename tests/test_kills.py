@@ -10,22 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import QUICK_FLAGS
+
 ROOT = Path(__file__).parents[1]
 STEPS = 24
-FLAGS = {
-    "model.pattern": "ME*",
-    "model.hidden_size": 64,
-    "model.vocab_size": 512,
-    "data.tokenizer": "bpe:400",
-    "data.seq_len": 32,
-    "data.validation_fraction": 0.2,
-    "data.validation_batches": 2,
-    "train.steps": STEPS,
-    "train.global_batch_size": 4,
-    "train.validate_every": 6,
-    "checkpoint.every": 3,
-    "log.every": 1,
-}
+FLAGS = QUICK_FLAGS | {"train.steps": STEPS, "train.validate_every": 6, "checkpoint.every": 3}
 
 
 class Command:

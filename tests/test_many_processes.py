@@ -19,23 +19,15 @@ from nemotron_jax.checkpoint.load import CHECKPOINTS
 from nemotron_jax.parallel.mesh import make_mesh
 from nemotron_jax.run_config import ParallelConfig
 from tests.conftest import FAKE_DEVICES
+from tests.tiny import QUICK_FLAGS
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
-FLAGS = {
-    "model.pattern": "ME*",
-    "model.hidden_size": 64,
-    "model.vocab_size": 512,
-    "data.tokenizer": "bpe:400",
-    "data.seq_len": 32,
-    "data.validation_fraction": 0.2,
-    "data.validation_batches": 2,
+FLAGS = QUICK_FLAGS | {
     "train.steps": STEPS,
-    "train.global_batch_size": 4,
     "train.validate_every": 4,
     "optimizer.warmup_steps": 2,
     "checkpoint.every": 4,
-    "log.every": 1,
 }
 
 

@@ -27,6 +27,19 @@ TINY = ModelConfig(
     mtp=MTPConfig(pattern="*E", depth=2),
 )
 
+# Flags of ``train.py --config=configs/quickstart.py`` for a run of seconds.
+QUICK_FLAGS = {
+    "model.pattern": "ME*",
+    "model.hidden_size": 64,
+    "model.vocab_size": 512,
+    "data.tokenizer": "bpe:400",
+    "data.seq_len": 32,
+    "data.validation_fraction": 0.2,
+    "data.validation_batches": 2,
+    "train.global_batch_size": 4,
+    "log.every": 1,
+}
+
 
 def tiny_run(**groups: dict) -> RunConfig:
     """A RunConfig of TINY on one device; ``groups`` overrides keys: ``train={"steps": 4}``."""

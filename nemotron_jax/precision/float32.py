@@ -2,7 +2,7 @@
 
 A float32 number is the sum of three bfloat16 numbers (8 significant bits each), and products of bfloat16 numbers are
 exact in float32. So x @ w with x in bfloat16 and w in float32 is three bfloat16 GEMMs accumulated in float32, which
-run as one, side by side: on an H200 0.07 ms where the float32 GEMM of Nano's router takes 0.39 ms.
+run as one, side by side: on an H200 0.05 ms where the float32 GEMM of Nano's router takes 0.39 ms.
 """
 
 from __future__ import annotations

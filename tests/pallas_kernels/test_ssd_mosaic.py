@@ -16,6 +16,7 @@ CASES = (
     Case("three_chunks_packed_state", 1, 300, 2, 64, 1, 128, 128, packed=True, initial_state=True),
     Case("other_sizes", 2, 100, 2, 80, 2, 48, 128),  # head dim and state padded, less than a chunk
     Case("strong_decay", 1, 140, 2, 64, 2, 128, 128, packed=True, initial_state=True, decay=8.0),
+    Case("weak_decay", 1, 260, 2, 64, 1, 128, 128, initial_state=True, decay=0.001),  # much crosses whole chunks
 )
 
 

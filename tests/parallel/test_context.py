@@ -79,11 +79,10 @@ def test_ssd(ids, decay, eight):
     )
 
 
-@pytest.mark.parametrize("ids", IDS, ids=["one_document", "packed"])
-def test_attention(ids, eight):
+def compare_attention(mesh, ids):
     axes = ("batch", "time", None, None)
     compare(
-        eight(context=8),
+        mesh,
         lambda q, k, v, ids: attention(q, k, v, segment_ids=ids),
         context.attention_over_parts,
         (normal(0, 2, T, 4, 8), normal(1, 2, T, 2, 8), normal(2, 2, T, 2, 8)),
@@ -91,6 +90,11 @@ def test_attention(ids, eight):
         axes,
         ids,
     )
+
+
+@pytest.mark.parametrize("ids", IDS, ids=["one_document", "packed"])
+def test_attention(ids, eight):
+    compare_attention(eight(context=8), ids)
 
 
 def play_cudnn(monkeypatch):
@@ -169,16 +173,7 @@ def packed_backward(scale, count, saved, dout):
 @pytest.mark.parametrize("ids", IDS, ids=["one_document", "packed"])
 def test_attention_by_cudnn(ids, eight, monkeypatch):
     play_cudnn(monkeypatch)
-    axes = ("batch", "time", None, None)
-    compare(
-        eight(context=8),
-        lambda q, k, v, ids: attention(q, k, v, segment_ids=ids),
-        context.attention_over_parts,
-        (normal(0, 2, T, 4, 8), normal(1, 2, T, 2, 8), normal(2, 2, T, 2, 8)),
-        [axes] * 3,
-        axes,
-        ids,
-    )
+    compare_attention(eight(context=8), ids)
 
 
 def test_rows_that_cannot_be_cut(eight):
