@@ -11,6 +11,7 @@ that cannot be read or does not match is reported and passed over for the one be
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import logging
 import shutil
@@ -162,7 +163,8 @@ def _quieten() -> None:
     """Leaves the telling to our own messages.
 
     Orbax logs dozens of lines a save, and the traceback of one that fails, which is raised all the same. TensorStore
-    then has its threads report each write that it gives up because Orbax has closed their event loop.
+    then has its threads report each write that it gives up because Orbax has closed their event loop. And where one
+    read fails, the others under way are dropped: Orbax turns each GeneratorExit into an error that nobody can catch.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -175,7 +177,10 @@ _REPORT: list[Callable[[Any], Any]] = []  # the hooks that were there before our
 
 
 def _report_unraisable(problem: Any) -> None:
-    if not (isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"):
+    error = problem.exc_value
+    write_given_up = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    read_given_up = isinstance(getattr(error, "__cause__", None), GeneratorExit) and inspect.iscoroutine(problem.object)
+    if not write_given_up and not read_given_up:
         _REPORT[-1](problem)
 
 

@@ -1,6 +1,8 @@
 """Saving, restoring, keeping, and every way in which a checkpoint can be bad."""
 
+import asyncio
 import contextlib
+import gc
 import os
 import resource
 import subprocess
@@ -168,3 +170,26 @@ def test_a_full_disk(tmp_path):
             assert store.steps() == [1]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_read_given_up_says_nothing_and_another_error_is_reported(store, monkeypatch):
+    """Orbax's readers turn the GeneratorExit of a dropped coroutine into an error; where it lands is chance."""
+    told = []
+    monkeypatch.setattr(stores, "_REPORT", [told.append])
+
+    async def read(translate):
+        try:
+            await asyncio.get_running_loop().create_future()
+        except BaseException as error:
+            raise Exception("while reading") from (error if translate else None)
+
+    async def drop(translate):
+        task = read(translate)
+        task.send(None)
+
+    asyncio.run(drop(translate=True))
+    gc.collect()
+    assert not told
+    asyncio.run(drop(translate=False))
+    gc.collect()
+    assert len(told) == 1
