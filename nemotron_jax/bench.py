@@ -288,8 +288,7 @@ class _Weights:
         return nnx.from_flat_state(flat), buffers
 
     def shapes(self) -> tuple[nnx.State, nnx.State]:
-        shapes = jax.eval_shape(self._init)
-        return _with_shardings(shapes, meshes.shardings(shapes, self.mesh))
+        return meshes.placed(jax.eval_shape(self._init), self.mesh)
 
     def make(self) -> tuple[nnx.State, nnx.State]:
         return jax.jit(self._init, out_shardings=meshes.shardings(jax.eval_shape(self._init), self.mesh))()

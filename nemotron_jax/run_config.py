@@ -114,19 +114,25 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Mesh axes, always all present; -1 (one axis at most) takes the devices that are left."""
+    """Mesh axes, always all present; -1 (one axis at most) takes the devices that are left.
+
+    Attributes:
+      stack_layers: keep the weights of repeating layers as one and scan over them: gathered weights live for one
+        layer only, and each unit is compiled once. Checkpoints are the same.
+    """
 
     data: int = -1
     fsdp: int = 1
     expert: int = 1
     context: int = 1
     tensor: int = 1
+    stack_layers: bool = False
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            _check(value > 0 or value == -1, f"parallel.{item.name} must be positive or -1, got {value}.")
-        _check(dataclasses.astuple(self).count(-1) <= 1, f"parallel: only one axis may be -1, got {self}.")
+        axes = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.type == "int"}
+        for name, value in axes.items():
+            _check(value > 0 or value == -1, f"parallel.{name} must be positive or -1, got {value}.")
+        _check(list(axes.values()).count(-1) <= 1, f"parallel: only one axis may be -1, got {self}.")
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,12 @@ def _like(template: Any, nested: Tree) -> Any:
 
 def _checksums(items: Tree) -> dict[str, int]:
     leaves = {f"{item}/{name}": leaf for item, tree in items.items() for name, leaf in named_leaves(tree).items()}
-    return {name: int(value) for name, value in jax.device_get(_checksum_all(leaves)).items()}
+    # Leaves in the memory of a host come one by one: together they may not fit on the devices.
+    hosted = {name: leaf for name, leaf in leaves.items() if leaf.sharding.memory_kind == "pinned_host"}
+    sums = _checksum_all({name: leaf for name, leaf in leaves.items() if name not in hosted})
+    for name, leaf in hosted.items():
+        sums |= _checksum_all({name: jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))})
+    return {name: int(value) for name, value in jax.device_get(sums).items()}
 
 
 @jax.jit

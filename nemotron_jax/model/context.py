@@ -36,7 +36,7 @@ class Context:
     page_table: Array | None = None
     draft: bool = field(default=False, metadata={"static": True})
 
-    def for_layer(self, index: int) -> Context:
+    def for_layer(self, index: int | Array) -> Context:
         """The context of one layer: its own seed, everything else shared."""
         return self if self.seed is None else replace(self, seed=mix_seed(self.seed, index))
 

@@ -24,6 +24,7 @@ from nemotron_jax.model.moe import MoE
 from nemotron_jax.model.state import MixerState
 from nemotron_jax.parallel.experts import KEPT
 from nemotron_jax.parallel.mesh import constrain
+from nemotron_jax.parallel.stack import Stack, scan_layers
 
 BLOCKS: dict[str, Any] = {"M": Mamba2, "*": Attention, "E": MoE, "-": MLP}
 
@@ -66,11 +67,18 @@ def run_layers(
     *,
     remat: str,
     first_seed: int = 0,
+    stack: Stack | None = None,
 ) -> tuple[Array, tuple[MixerState, ...] | None, dict[str, Array]]:
     """Runs layers in order. One jitted function serves all of them, so each kind of layer is traced once.
 
+    Args:
+      stack: ``layers`` are the places of this stack; only without states, which have one shape a layer.
+
     Returns the hidden states, the new states (None without states), and aux with keys ``layers/<i>/<name>``.
     """
+    if stack is not None:
+        assert states is None
+        return _run_stack(layers, h_BTD, ctx, remat=remat, first_seed=first_seed, stack=stack)
     new_states: list[MixerState] = []
     aux: dict[str, Array] = {}
     for index, layer in enumerate(layers):
@@ -82,3 +90,19 @@ def run_layers(
         new_states.append(state)
         aux.update({f"layers/{index}/{name}": value for name, value in layer_aux.items()})
     return h_BTD, None if states is None else tuple(new_states), aux
+
+
+def _run_stack(
+    layers: nnx.List, h_BTD: Array, ctx: Context, *, remat: str, first_seed: int, stack: Stack
+) -> tuple[Array, None, dict[str, Array]]:
+    places = [nnx.split(layer) for layer in layers]
+
+    def run(place: int, leaves: Any, number: Array, h_BTD: Array) -> tuple[Array, dict[str, Array]]:
+        h_BTD, _, aux = _run_layer(
+            places[place][0], leaves, h_BTD, ctx.for_layer(first_seed + number), None, remat=remat
+        )
+        return h_BTD, aux
+
+    h_BTD, by_layer = scan_layers(stack, [leaves for _, leaves in places], h_BTD, run)
+    aux = {f"layers/{index}/{name}": value for index, of_layer in by_layer.items() for name, value in of_layer.items()}
+    return h_BTD, None, aux

@@ -9,7 +9,9 @@ Shapes: B batch, T time, D model width, V vocabulary.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from nemotron_jax.model.linear import Buffer, Embedding, RMSNorm, Scope, normal
 from nemotron_jax.model.mamba2 import Mamba2
 from nemotron_jax.model.mtp import MTP, shift_left
 from nemotron_jax.model.state import DecodeState, MixerState, require_no_draft
+from nemotron_jax.parallel.stack import Stack, find_stack
 from nemotron_jax.precision.recipe import RECIPES, Recipe
 
 
@@ -62,6 +65,7 @@ class Nemotron(nnx.Module):
         self.layers = nnx.List(
             [Layer(scope / "layers" / index, letter, config) for index, letter in enumerate(config.pattern)]
         )
+        self.stack: Stack | None = None  # see `stacked_graphdef`
         self.norm_f = RMSNorm(scope / "norm_f", config.hidden_size, config.norm_eps)
         self.lm_head = Head(scope / "lm_head", config)
         self.mtp = None if config.mtp is None else MTP(scope / "mtp", config, config.mtp)
@@ -93,7 +97,7 @@ class Nemotron(nnx.Module):
             ctx = replace(ctx, lengths=state.lengths[rows])
             layer_states = state.layers
         h_BTD = self.embeddings(tokens)
-        h_BTD, layer_states, aux = run_layers(self.layers, h_BTD, ctx, layer_states, remat=remat)
+        h_BTD, layer_states, aux = run_layers(self.layers, h_BTD, ctx, layer_states, remat=remat, stack=self.stack)
         if state is not None and layer_states is not None:
             new = 0 if ctx.draft else tokens.shape[1] if ctx.new_tokens is None else ctx.new_tokens
             state = DecodeState(state.lengths.at[rows].add(new), layer_states)
@@ -174,6 +178,27 @@ def split_model(model: Nemotron) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 def abstract(config: ModelConfig, recipe: Recipe) -> Nemotron:
     """The model with shapes in place of arrays: nothing is allocated, whatever the size."""
     return nnx.eval_shape(functools.partial(Nemotron, config, recipe, jax.random.key(0)))
+
+
+def find_layer_stack(model: Nemotron, same: Callable[[tuple[Any, ...]], Hashable]) -> Stack:
+    """The stack of a model's layers.
+
+    Args:
+      same: of the path of a parameter; layers in which it differs do not share a place.
+    """
+    kinds = []
+    for number, layer in enumerate(model.layers):
+        graphdef, leaves = nnx.split(layer)
+        kinds.append((graphdef, tuple(same(("layers", number, *path)) for path, _ in nnx.to_flat_state(leaves))))
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    return find_stack([numbers[kind] for kind in kinds])
+
+
+def stacked_graphdef(model: Nemotron, stack: Stack) -> nnx.GraphDef:
+    """The graph definition of the model whose parameters and buffers are in the stacked view; ``model`` is used up."""
+    model.layers = nnx.List([model.layers[int(numbers.flat[0])] for numbers in stack.members])
+    model.stack = stack
+    return split_model(model)[0]
 
 
 def matmul_paths(config: ModelConfig) -> list[str]:

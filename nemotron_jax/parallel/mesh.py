@@ -37,6 +37,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "experts": "expert",
     "expert_mlp": "tensor",
     "norm": None,
+    "layers": None,  # of a stacked view (stack.py)
 }
 
 
@@ -114,6 +115,15 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return leaf.replace(NamedSharding(mesh, spec(leaf.get_value().shape, leaf.axes, mesh)))
 
     return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def placed(shapes: Any, mesh: Mesh) -> Any:
+    """A tree of shapes as ShapeDtypeStructs that carry the shardings of `shardings`."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(shapes, mesh),
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -198,12 +198,12 @@ class Run:
         return {"params": state.params, "buffers": state.buffers, "optimizer": optimizer}
 
     def _restore_or_init(self) -> tuple[TrainState, int | None]:
-        abstract = self.setup.abstract_state()
+        abstract = self.setup.abstract_checkpoint()
         restored = self.store.restore(self._items(abstract))
         if restored is not None:
             self.batches.set_state(restored.data)
             optimizer = restored.items.pop("optimizer")
-            return TrainState(**restored.items, **optimizer), restored.step
+            return self.setup.from_checkpoint(TrainState(**restored.items, **optimizer)), restored.step
         state = self.setup.init_state()
         if self.config.checkpoint.init_from:
             state = self._init_from(state, abstract, Path(self.config.checkpoint.init_from).expanduser())
@@ -212,6 +212,7 @@ class Run:
     def _init_from(self, state: TrainState, abstract: TrainState, source: Path) -> TrainState:
         """Parameters and router biases of another run or a Hugging Face directory; all else starts anew."""
         items = read_weights(source, {"params": abstract.params, "buffers": abstract.buffers})
+        items = self.setup.from_checkpoint(items)
         if self.first_process and is_hf(source):
             with workdirs.writing(self.workdir):
                 carry_to_workdir(source, self.workdir)
@@ -225,7 +226,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         if self.last_saved != step:
-            self.store.save(step, self._items(self.state), self.batches.get_state())
+            self.store.save(step, self._items(self.setup.to_checkpoint(self.state)), self.batches.get_state())
             self.last_saved = step
 
     # Ends
@@ -276,13 +277,14 @@ class Run:
 
     def _model_to_sample(self) -> Nemotron | None:
         """The model as one process can run it alone: where there are many, gathered on a device of each, if small."""
-        variables = (self.state.params, self.state.buffers["model"])
+        model = self.setup.canonical_model(self.state)
         if jax.process_count() > 1:
+            graphdef, variables = nnx.split(model)
             if sum(leaf.nbytes for leaf in jax.tree.leaves(variables)) > GATHERED_BYTES:
                 return None
             whole = jax.jit(lambda leaves: leaves, out_shardings=meshes.replicated(self.setup.mesh))(variables)
-            variables = jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
-        return nnx.merge(self.setup.graphdef, *variables)
+            model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.addressable_data(0), whole))
+        return model
 
     # The start
 

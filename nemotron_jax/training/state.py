@@ -20,8 +20,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from nemotron_jax.errors import ConfigError
-from nemotron_jax.model.nemotron import Nemotron, abstract, split_model
+from nemotron_jax.model.nemotron import Nemotron, abstract, find_layer_stack, split_model, stacked_graphdef
 from nemotron_jax.parallel import mesh as meshes
+from nemotron_jax.parallel.stack import Stack, stack_arrays, stacked, unstack_to_host, unstacked
 from nemotron_jax.precision.recipe import Recipe, recipe
 from nemotron_jax.run_config import RunConfig
 from nemotron_jax.training.optimizer import adamw
@@ -34,8 +35,8 @@ class TrainState:
 
     Attributes:
       step: int32, updates asked for so far (skipped ones included): the number of the next batch.
-      params: nnx.State of nnx.Param leaves, float32.
-      buffers: {"model": nnx.State of Buffer leaves (router correction biases), "seed": uint32}.
+      params: nnx.State of nnx.Param leaves, float32; in the view of TrainSetup.stack.
+      buffers: {"model": nnx.State of Buffer leaves (router correction biases), "seed": uint32}; likewise.
       opt_state: of the trained parameters only.
       skipped: int32 [2], steps skipped for a non-finite gradient: in all, and in a row up to now.
     """
@@ -62,9 +63,26 @@ class TrainSetup:
     def _abstract(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         return split_model(abstract(self.config.model, self.recipe))
 
-    @property
+    @cached_property
+    def stack(self) -> Stack | None:
+        """The view of the layers in which a TrainState is kept; None: the canonical list."""
+        if not self.config.parallel.stack_layers:
+            return None
+        return find_layer_stack(abstract(self.config.model, self.recipe), lambda path: self.trained(path, None))
+
+    @cached_property
     def graphdef(self) -> nnx.GraphDef:
-        return self._abstract[0]
+        """Of the model with the parameters and buffers of a TrainState."""
+        if self.stack is None:
+            return self._abstract[0]
+        return stacked_graphdef(abstract(self.config.model, self.recipe), self.stack)
+
+    def canonical_model(self, state: TrainState) -> Nemotron:
+        """The model of a state with its layers as a list."""
+        variables = state.params, state.buffers["model"]
+        if self.stack is not None:
+            variables = jax.jit(partial(unstacked, self.stack))(variables)
+        return nnx.merge(self._abstract[0], *variables)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -72,8 +90,17 @@ class TrainSetup:
 
     @cached_property
     def trained(self) -> Callable[[tuple[Any, ...], Any], bool]:
-        """nnx filter: does this parameter get a gradient and optimizer state?"""
+        """nnx filter over canonical paths: does this parameter get a gradient and optimizer state?"""
         return trainable_filter(self.config.train.trainable, *self._abstract[1:])
+
+    def split_params(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
+        """(trained, frozen) of a TrainState's parameters."""
+
+        def trained(path: tuple[Any, ...], leaf: Any) -> bool:
+            return self.trained(path if self.stack is None else self.stack.canonical(path), leaf)
+
+        wanted, rest = nnx.split_state(params, trained, ...)
+        return wanted, rest
 
     def init_state(self) -> TrainState:
         """A new state, each leaf made on the devices that hold it: the model is never on one device as a whole."""
@@ -81,25 +108,37 @@ class TrainSetup:
             return jax.jit(self._init, out_shardings=self.state_shardings())()
 
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of a state, for restoring one."""
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            self._shapes,
-            self.state_shardings(),
-        )
+        """Shapes, dtypes and shardings of a state."""
+        return meshes.placed(self._shapes, self.mesh)
 
     def state_shardings(self) -> TrainState:
         return meshes.shardings(self._shapes, self.mesh)
+
+    def abstract_checkpoint(self) -> TrainState:
+        """Shapes, dtypes and shardings of what checkpoints hold, for restoring one: the canonical view of a state."""
+        return meshes.placed(jax.eval_shape(self._init_canonical), self.mesh)
+
+    def to_checkpoint(self, state: TrainState) -> TrainState:
+        """The canonical view; what has to be cut for it lies in the memory of the hosts."""
+        return state if self.stack is None else unstack_to_host(self.stack, state)
+
+    def from_checkpoint(self, tree: Any) -> Any:
+        """Arrays in the canonical view -> as a state keeps them; arrays that are joined for it are deleted."""
+        return tree if self.stack is None else stack_arrays(self.stack, tree)
 
     @cached_property
     def _shapes(self) -> TrainState:
         return jax.eval_shape(self._init)
 
     def _init(self) -> TrainState:
+        state = self._init_canonical()
+        return state if self.stack is None else stacked(self.stack, state)
+
+    def _init_canonical(self) -> TrainState:
         seed = self.config.train.seed
         model = Nemotron(self.config.model, self.recipe, jax.random.key(seed))
         _, params, buffers = split_model(model)
-        trained, _ = split_params(params, self.trained)
+        trained, _ = nnx.split_state(params, self.trained, ...)
         return TrainState(
             step=jnp.int32(0),
             params=params,
@@ -107,12 +146,6 @@ class TrainSetup:
             opt_state=self.optimizer.init(trained),
             skipped=jnp.zeros(2, jnp.int32),
         )
-
-
-def split_params(params: nnx.State, trained: Callable[[tuple[Any, ...], Any], bool]) -> tuple[nnx.State, nnx.State]:
-    """(trained, frozen)."""
-    wanted, rest = nnx.split_state(params, trained, ...)
-    return wanted, rest
 
 
 def trainable_filter(rules: str, params: nnx.State, buffers: nnx.State) -> Callable[[tuple[Any, ...], Any], bool]:

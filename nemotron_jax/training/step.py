@@ -18,9 +18,10 @@ from jax import Array, lax
 from nemotron_jax.data.batch import Batch
 from nemotron_jax.model.context import Context, mix_seed
 from nemotron_jax.parallel import mesh as meshes
+from nemotron_jax.parallel.stack import stacked, unstacked
 from nemotron_jax.training.losses import loss_fn, microbatches, totals
 from nemotron_jax.training.optimizer import learning_rate
-from nemotron_jax.training.state import TrainSetup, TrainState, split_params
+from nemotron_jax.training.state import TrainSetup, TrainState
 
 Metrics = dict[str, Array]
 
@@ -44,7 +45,7 @@ def make_train_step(setup: TrainSetup) -> Callable[[TrainState, Batch], tuple[Tr
 def _train_step(setup: TrainSetup, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     config = setup.config
     step_seed = mix_seed(state.buffers["seed"], state.step)
-    trained, frozen = split_params(state.params, setup.trained)
+    trained, frozen = setup.split_params(state.params)
     grads, metrics = _gradients(setup, trained, frozen, state.buffers["model"], batch, step_seed)
 
     grad_norm = optax.tree.norm(grads)
@@ -100,13 +101,16 @@ def _gradients(
 
 def _update_router_biases(setup: TrainSetup, buffers: nnx.State, counts: Metrics) -> nnx.State:
     """``bias += rate * sign(mean count - count)`` for each MoE layer that is trained (Megatron-LM, moe_utils.py)."""
+    if setup.stack is not None:
+        buffers = unstacked(setup.stack, buffers)
     flat = []
     for path, variable in nnx.to_flat_state(buffers):
         layer = "/".join(map(str, path)).removesuffix("/mixer/gate/e_score_correction_bias")
         count = counts[f"{layer}/expert_counts"]
         rate = setup.config.train.router_bias_rate if setup.trained(path, variable) else 0.0
         flat.append((path, variable.replace(variable.get_value() + rate * jnp.sign(count.mean() - count))))
-    return nnx.from_flat_state(flat)
+    updated = nnx.from_flat_state(flat)
+    return updated if setup.stack is None else stacked(setup.stack, updated)
 
 
 def _expert_load(counts: Metrics) -> Metrics:
