@@ -24,7 +24,7 @@ from nemotron_jax.model.moe import MoE
 from nemotron_jax.model.state import MixerState
 from nemotron_jax.parallel.experts import KEPT
 from nemotron_jax.parallel.mesh import constrain
-from nemotron_jax.parallel.stack import Stack, scan_layers
+from nemotron_jax.parallel.stack import Stack, one_layer, scan_layers
 
 BLOCKS: dict[str, Any] = {"M": Mamba2, "*": Attention, "E": MoE, "-": MLP}
 
@@ -99,7 +99,7 @@ def _run_stack(
 
     def run(place: int, leaves: Any, number: Array, h_BTD: Array) -> tuple[Array, dict[str, Array]]:
         h_BTD, _, aux = _run_layer(
-            places[place][0], leaves, h_BTD, ctx.for_layer(first_seed + number), None, remat=remat
+            places[place][0], one_layer(leaves), h_BTD, ctx.for_layer(first_seed + number), None, remat=remat
         )
         return h_BTD, aux
 

@@ -161,6 +161,15 @@ def _at(position: tuple[int, ...], report: Array) -> Array:
     return report[position]
 
 
+def one_layer(leaves: nnx.State) -> nnx.State:
+    """The leaves of one layer of a stack, with the logical axes of a layer."""
+    return jax.tree.map(
+        lambda leaf: leaf.replace(leaf.get_value(), axes=tuple(name for name in leaf.axes if name != AXIS)),
+        leaves,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+
+
 # Trees: every nnx.State in them changes its view; leaves outside of the layers stay as they are.
 
 Join = Callable[[list[Any], tuple[int, ...]], Any]  # the layers of a place, their shape -> the leaf of the place

