@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
 
     config.data.seq_len = 8192
 
+    config.parallel.stack_layers = True  # unrolled, the gathered weights of many layers are held at a time
+
     config.train.steps = 794_728  # 20T tokens
     config.train.global_batch_size = 3072  # 25.17M tokens
     config.train.validate_every = 1000

@@ -221,6 +221,9 @@ def bench(argv: Sequence[str]) -> int:
         action="store_true",
         help="train: the whole step of train.py, AdamW on float32 weights, not loss and gradients in bfloat16 alone",
     )
+    parser.add_argument(
+        "--stack-layers", action="store_true", help="train, with --optimizer: as config.parallel.stack_layers"
+    )
     parser.add_argument("--cache", default="", metavar="DIR", help="keep compiled programs there, for the next run")
     parser.add_argument("--compile-only", action="store_true", help="run nothing and take no memory")
     parser.add_argument(
@@ -228,6 +231,8 @@ def bench(argv: Sequence[str]) -> int:
     )
     flags = parser.parse_args(argv)
     parser.require(flags, "preset", what="bench")
+    if flags.stack_layers and not (flags.what == "train" and flags.optimizer):
+        parser.error("--stack-layers is a view of the whole training step: use it with train and --optimizer")
     model = model_config(flags.preset)
     if flags.pattern is not None:
         model = dataclasses.replace(model, pattern=flags.pattern)
@@ -237,7 +242,8 @@ def bench(argv: Sequence[str]) -> int:
     names = "batch seq precision remat optimizer documents steps cache compile_only".split()
     settings = {name: getattr(flags, name) for name in names}
     name, count = flags.compile_for
-    work = Workload(model, **settings, parallel=ParallelConfig(**flags.mesh), target=name, target_devices=count)
+    parallel = ParallelConfig(**flags.mesh, stack_layers=flags.stack_layers)
+    work = Workload(model, **settings, parallel=parallel, target=name, target_devices=count)
     print(json.dumps(run(flags.what, work)))
     return 0
 

@@ -149,6 +149,7 @@ def run(what: str, work: Workload) -> dict[str, Any]:
         }
     if what == "train":
         result |= {"optimizer": work.optimizer, "remat": work.remat, "documents": work.documents}
+        result |= {"stack_layers": work.parallel.stack_layers}
     if not (work.target or work.compile_only):
         result |= _speed(program, *_repeat(program, compiled, work.steps), devices)
     return result
