@@ -28,8 +28,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "time": "context",
     # weights
     "vocab": "tensor",
-    "embed": "fsdp",
-    "latent": "fsdp",
+    "embed": ("fsdp", "context"),  # gathered for each use: all devices of a row hold a part of every weight
+    "latent": ("fsdp", "context"),
     "heads": "tensor",  # query heads and the inner channels of Mamba
     "kv_heads": "tensor",
     "groups": "tensor",  # Mamba's B and C
