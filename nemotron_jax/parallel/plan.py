@@ -4,7 +4,8 @@ Nothing is compiled, and no device is asked: shapes and the sharding table say w
 holds says what has to travel.
 
     weights     float32 masters and two moments, cut as the sharding table says; gathered in the operands' dtype along
-                `fsdp` and `context` for each use, their gradients summed over all devices that see other tokens, and cut again
+                `fsdp` and `context` for each use, their gradients summed over all devices that see other tokens, and
+                cut again
     experts     rows travel along `expert` at the width of the experts' input (the latent one, where there is one):
                 there and back in the forward pass, three widths in the backward pass (parallel/experts.py)
     tensor      the partial sums of each block's last matmul, and of its input's gradient

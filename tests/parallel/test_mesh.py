@@ -1,5 +1,6 @@
 """The sharding table."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,11 +12,11 @@ from nemotron_jax.checkpoint.store import named_leaves
 from nemotron_jax.config import PRESETS
 from nemotron_jax.errors import ConfigError
 from nemotron_jax.model.nemotron import abstract
-from nemotron_jax.parallel.mesh import AXES, RULES, describe, make_mesh, shardings, shards, spec
+from nemotron_jax.parallel.mesh import AXES, RULES, describe, kept_whole, make_mesh, shardings, shards, spec
 from nemotron_jax.precision.recipe import RECIPES
 from nemotron_jax.run_config import ParallelConfig
 from nemotron_jax.training.state import TrainSetup
-from tests.tiny import tiny_run
+from tests.tiny import TINY, tiny_run
 
 
 def test_mesh_always_has_all_axes():
@@ -29,10 +30,31 @@ def test_mesh_always_has_all_axes():
         assert (shards("heads"), shards("batch"), shards("norm")) == (2, 4, 1)
 
 
-@pytest.mark.parametrize("config", [ParallelConfig(tensor=3), ParallelConfig(data=4), ParallelConfig(data=1, fsdp=16)])
-def test_meshes_that_do_not_fit(config):
-    with pytest.raises(ConfigError, match="there are 8: change"):
-        make_mesh(config)
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"tensor": 3}, r"data=-1, .*tensor=3 needs 3 devices or a multiple, .* there are 8: .*, such as tensor=2\."),
+        ({"data": 4}, r"data=4, .* needs 4 devices, .* there are 8: change .* devices, such as data=8 or fsdp=2 or"),
+        ({"data": 1, "fsdp": 16}, r"needs 16 devices, .* there are 8: .*, such as fsdp=8\."),
+        ({"fsdp": 16}, r"data=-1, fsdp=16, .* needs 16 devices or a multiple, .* such as fsdp=8\."),
+        ({"fsdp": 3, "tensor": 5}, r"needs 15 devices or a multiple, .* to the number of devices\."),
+    ],
+)
+def test_meshes_that_do_not_fit(axes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(ParallelConfig(**axes))
+
+
+def test_what_stays_whole_is_known():
+    """Matrices that an axis should cut and does not divide, in bytes; neither vectors nor axes of one device."""
+
+    def whole(vocab_size, **axes):
+        model = dataclasses.replace(TINY, vocab_size=vocab_size)
+        _, variables = nnx.split(abstract(model, RECIPES["float32"]))
+        return kept_whole(variables, make_mesh(ParallelConfig(data=1, **axes)))
+
+    assert whole(64, fsdp=4, tensor=2) == {} == whole(65, fsdp=2, context=4)
+    assert whole(65, fsdp=4, tensor=2) == {"vocab": 2 * 65 * TINY.hidden_size * 4}  # embeddings and head
 
 
 def test_spec_follows_the_rules():

@@ -226,7 +226,7 @@ def test_bad_input(arguments, message):
     [
         ({"data": -1}, {}, "plan counts no devices"),
         ({"fsdp": 8}, {"batch": 4}, "--batch is 4 sequences, which do not divide over the 8 devices"),
-        ({"context": 3}, {"seq": 64}, r"--seq \(64\) must be a multiple of parallel.context \(3\)"),
+        ({"context": 8}, {"seq": 60}, r"--seq \(60\) must be a multiple of parallel.context \(8\)"),
         (
             {"tensor": 3},
             {},
