@@ -13,6 +13,7 @@ Shapes: B batch, T time, D model width, L latent (or model) width, F expert widt
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -24,11 +25,12 @@ from nemotron_jax.config import ModelConfig, MoEConfig
 from nemotron_jax.model.context import Context
 from nemotron_jax.model.linear import Buffer, Linear, Scope, normal
 from nemotron_jax.model.mlp import FeedForward
-from nemotron_jax.parallel.experts import routed
+from nemotron_jax.parallel.experts import others_with_rows, routed
 from nemotron_jax.parallel.local import per_device
+from nemotron_jax.parallel.mesh import mesh_axes
 from nemotron_jax.precision.float32 import float32_matmul
 from nemotron_jax.precision.matmul import expert_matmul
-from nemotron_jax.precision.recipe import Precision
+from nemotron_jax.precision.recipe import Cut, Precision
 
 
 class Router(nnx.Module):
@@ -94,12 +96,13 @@ class Experts(nnx.Module):
         )
         self.precision = scope.precision(width, moe.intermediate_size)
         self.num_experts = moe.num_experts
+        self.width = moe.intermediate_size
 
     def __call__(self, u_BTL: Array, experts_BTK: Array, weights_BTK: Array, seed: Array | None) -> Array:
         """sum_k weights[k] down(relu(up(u))^2) of the chosen experts: [B, T, L], [B, T, K] twice -> [B, T, L]."""
         params = (self.up_proj, self.down_proj)
         return routed(
-            functools.partial(_apply, self.precision),
+            functools.partial(_apply, self.precision, self.num_experts, self.width),
             u_BTL,
             experts_BTK,
             weights_BTK,
@@ -111,11 +114,25 @@ class Experts(nnx.Module):
         )
 
 
-def _apply(precision: Precision, params: Any, rows: Array, group_sizes: Array, seed: Array | None) -> Array:
-    """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
+def _apply(
+    precision: Precision,
+    num_experts: int,
+    width: int,
+    params: Any,
+    rows: Array,
+    group_sizes: Array,
+    seed: Array | None,
+) -> Array:
+    """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows.
+
+    ``num_experts`` and ``width`` are those of all devices, which may have parts of both.
+    """
     up_ELF, down_EFL = params
-    hidden = expert_matmul(rows, up_ELF, group_sizes, precision, seed, activation="relu2")
-    return expert_matmul(hidden, down_EFL, group_sizes, precision, seed).astype(rows.dtype)
+    here, _, part = up_ELF.shape
+    others, cut = others_with_rows(here, num_experts), mesh_axes("expert_mlp") if part < width else ()
+    of_up, of_down = (replace(precision, cut=to) for to in (Cut(others, outputs=cut), Cut(others, inputs=cut)))
+    hidden = expert_matmul(rows, up_ELF, group_sizes, of_up, seed, activation="relu2")
+    return expert_matmul(hidden, down_EFL, group_sizes, of_down, seed).astype(rows.dtype)
 
 
 class MoE(nnx.Module):

@@ -1,10 +1,10 @@
-"""Rows of a table that no device holds: cut over the vocabulary ("tensor") and the width ("fsdp").
+"""Rows of a table that no device holds: cut over the vocabulary ("tensor") and the width ("fsdp" and "context").
 
 The table stays where it is. Devices that share its width exchange their tokens, look all of them up in their part of
 the columns, and hand the results to the devices of the tokens: [B, T, D] travels instead of the table [V, D], which is
 ten times larger at 8,192 tokens a device. Parts of the vocabulary are summed, all but one being zero.
 
-Shapes: B batch, T time, D model width, V vocabulary.
+Shapes: B batch, T time, D model width, V vocabulary, Z devices that share a width.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ def lookup(table: Array, tokens: Array, dtype: DTypeLike) -> Array:
     def of_device(part: Array, tokens: Array) -> Array:
         cut_width = part.shape[1] < width
         if cut_width:
-            tokens = lax.all_gather(tokens, mesh_axes("embed"), axis=0, tiled=True)
+            tokens = lax.all_gather(tokens, mesh_axes("embed"))  # [Z, B, T]
         if part.shape[0] < vocab:
             place = tokens - index("vocab") * part.shape[0]
             inside = (place >= 0) & (place < part.shape[0])
-            rows_BTD = jnp.where(inside[..., None], part[jnp.where(inside, place, 0)], 0).astype(dtype)
+            rows = jnp.where(inside[..., None], part[jnp.where(inside, place, 0)], 0).astype(dtype)
         else:
-            rows_BTD = part[tokens].astype(dtype)
+            rows = part[tokens].astype(dtype)
         if cut_width:
-            rows_BTD = lax.all_to_all(rows_BTD, mesh_axes("embed"), split_axis=0, concat_axis=2, tiled=True)
-        return rows_BTD[None]
+            return lax.all_to_all(rows, mesh_axes("embed"), split_axis=0, concat_axis=3, tiled=True)
+        return rows[None]
 
     run = per_device(of_device, (("vocab", "embed"), ("batch", "time")), ("vocab", "batch", "time", None))
     return run(table, tokens).sum(0, dtype=dtype)

@@ -89,6 +89,15 @@ def routed(
     return checkpoint_name(y_BTL, KEPT) if travels else y_BTL
 
 
+def others_with_rows(experts_here: int, num_experts: int) -> tuple[str, ...]:
+    """Inside of `apply`: the mesh axes whose devices have other rows of the same experts; none without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return ()
+    travelled = mesh_axes("experts") if experts_here < num_experts else ()
+    return tuple(axis for axis in mesh_axes("batch") + mesh_axes("time") if axis not in travelled)
+
+
 def _near(apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any, seed: Any) -> Array:
     """Every expert is here: x [M / K, L], experts and weights [M / K, K] -> [M / K, L]."""
     rows, group_sizes, row_map = permute(x, experts, num_experts)
@@ -154,7 +163,7 @@ class _Trip(NamedTuple):
       coming_ZE: rows from each device for each expert of this one.
       start_there_Z: where the rows from each device begin there.
       quota: Q.
-      rounds: the same number on all devices of the axis.
+      rounds: the same number on all devices.
     """
 
     run_Z: Array
@@ -173,7 +182,8 @@ def _plan(counts: Array, rows: int) -> _Trip:
     start_Z = jnp.cumsum(run_Z) - run_Z
     told = lax.all_to_all(jnp.concatenate([going_ZE, start_Z[:, None]], axis=1), axes, 0, 0, tiled=True)
     quota = min(rows, -(-int(ROOM * rows) // (devices * 8)) * 8)
-    rounds = lax.pmax(-(-run_Z.max() // quota), axes)
+    # On all devices, not those of the axis alone: `apply` may send something to any of them (an amax).
+    rounds = lax.pmax(-(-run_Z.max() // quota), mesh_axes("batch") + mesh_axes("time"))
     return _Trip(run_Z, start_Z, told[:, :-1], told[:, -1], quota, rounds)
 
 

@@ -13,7 +13,12 @@ from nemotron_jax.parallel.mesh import mesh_axes
 
 
 def check_model(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError where an axis does not divide experts, groups or heads, naming the sizes that would do."""
+    """Raises ConfigError where an axis does not divide what it cuts, naming the sizes that would do.
+
+    That is experts, groups and heads, which kernels need whole, and the widths of weights: a matrix that stayed whole
+    on each device would not fit where the mesh was chosen so that it does. The vocabulary may stay whole (`kept_whole`
+    in parallel/mesh.py says so at the start of a run).
+    """
     letters = model.pattern + (model.mtp.pattern if model.mtp else "")
     if "M" in letters:  # heads are a multiple of groups
         groups = model.mamba.num_groups
@@ -25,13 +30,33 @@ def check_model(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     if "E" in letters:
         experts = model.moe.num_experts
         _require(mesh, "experts", experts, f"model.moe.num_experts ({experts})", lambda n: experts % n == 0)
+    widths = {"hidden_size": ("embed", model.hidden_size)}
+    if "-" in letters:
+        widths["intermediate_size"] = ("mlp", model.intermediate_size)
+    if "E" in letters:
+        widths["moe.intermediate_size"] = ("expert_mlp", model.moe.intermediate_size)
+        widths["moe.shared_intermediate_size"] = ("mlp", model.moe.shared_intermediate_size)
+        if model.moe.latent_size:
+            widths["moe.latent_size"] = ("latent", model.moe.latent_size)
+    for key, (name, width) in widths.items():
+        _require(mesh, name, width, f"model.{key} ({width})", _divides(width))
+
+
+def _divides(size: int) -> Callable[[int], bool]:
+    return lambda n: size % n == 0
 
 
 def _require(mesh: Mesh | AbstractMesh, name: str, most: int, shown: str, fits: Callable[[int], bool]) -> None:
-    (axis,) = mesh_axes(name)
-    if not fits(mesh.shape[axis]):
-        good = ", ".join(str(n) for n in range(1, most + 1) if fits(n))
-        raise ConfigError(f"parallel.{axis}={mesh.shape[axis]} does not divide {shown}: it may be one of {good}.")
+    sizes = {axis: mesh.shape[axis] for axis in mesh_axes(name)}
+    parts = math.prod(sizes.values())
+    if fits(parts):
+        return
+    cutting = {axis: size for axis, size in sizes.items() if size > 1}
+    asked, it = " * ".join(f"parallel.{axis}={size}" for axis, size in cutting.items()), "it"
+    if len(cutting) > 1:
+        asked, it = f"{asked} ({parts} devices)", "their product"
+    good = ", ".join(str(n) for n in range(1, most + 1) if fits(n) and n <= max(64, 2 * parts))
+    raise ConfigError(f"{asked} does not divide {shown}: {it} may be one of {good}.")
 
 
 def check_batch(

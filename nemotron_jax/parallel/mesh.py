@@ -28,8 +28,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "time": "context",
     # weights
     "vocab": "tensor",
-    "embed": "fsdp",
-    "latent": "fsdp",
+    "embed": ("fsdp", "context"),  # gathered for each use: all devices of a row hold a part of every weight
+    "latent": ("fsdp", "context"),
     "heads": "tensor",  # query heads and the inner channels of Mamba
     "kv_heads": "tensor",
     "groups": "tensor",  # Mamba's B and C
@@ -48,18 +48,31 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
       ConfigError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    fixed = math.prod(size for size in sizes.values() if size > 0)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if free:
-        sizes[free[0]] = len(devices) // fixed
+    asked = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in asked.values() if size > 0)
+    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in asked.items()}
     if math.prod(sizes.values()) != len(devices):
+        multiple = " or a multiple" if -1 in asked.values() else ""
         raise ConfigError(
-            f"the mesh {_spell(sizes)} needs {fixed} devices{' or a multiple' if free else ''}, but there are "
-            f"{len(devices)}: change config.parallel so that the axes multiply to the number of devices."
+            f"the mesh {_spell(asked)} needs {fixed} devices{multiple}, but there are {len(devices)}: change "
+            f"config.parallel so that the axes multiply to the number of devices{_one_that_would_do(asked, devices)}."
         )
     grid = np.asarray(devices).reshape(tuple(sizes.values()))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _one_that_would_do(asked: dict[str, int], devices: Sequence[jax.Device]) -> str:
+    """``, such as fsdp=8``: for each axis the nearest size that makes the mesh fit, the others as they are."""
+    fixed = math.prod(size for size in asked.values() if size > 0)
+    good = {}
+    for axis, size in asked.items():
+        most, rest = divmod(len(devices), fixed // max(size, 1))
+        if rest or size == -1:
+            continue
+        fits = [n for n in range(1, most + 1) if most % n == 0] if -1 in asked.values() else [most]
+        good[axis] = min(fits, key=lambda n: abs(n - size))
+    changed = {axis: size for axis, size in good.items() if size != asked[axis]}
+    return f", such as {' or '.join(f'{axis}={size}' for axis, size in changed.items())}" if changed else ""
 
 
 def _spell(sizes: dict[str, int]) -> str:
@@ -100,6 +113,30 @@ def spec(shape: Sequence[int], axes: Sequence[str], mesh: Mesh | AbstractMesh) -
         else:
             parts.append(None)
     return PartitionSpec(*parts)
+
+
+def uncut(shape: Sequence[int], axes: Sequence[str], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Logical axes of an array that are whole on each device because their mesh axes do not divide them."""
+    parts = spec(shape, axes, mesh)
+    used = {axis for part in parts for axis in ((part,) if isinstance(part, str) else part or ())}
+    return tuple(
+        name
+        for name, part in zip(axes, parts, strict=True)
+        if part is None and any(mesh.shape[axis] > 1 for axis in mesh_axes(name) if axis not in used)
+    )
+
+
+def kept_whole(tree: Any, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """{logical axis: bytes} of the matrices of a tree of nnx Variables that `uncut` leaves whole along it.
+
+    Vectors are left out: they are small.
+    """
+    found: dict[str, int] = {}
+    for variable in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
+        array = variable.get_value()
+        for name in uncut(array.shape, variable.axes, mesh) if array.ndim > 1 else ():
+            found[name] = found.get(name, 0) + array.size * array.dtype.itemsize
+    return found
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -4,7 +4,8 @@ Nothing is compiled, and no device is asked: shapes and the sharding table say w
 holds says what has to travel.
 
     weights     float32 masters and two moments, cut as the sharding table says; gathered in the operands' dtype along
-                `fsdp` for each use, their gradients summed over all devices that see other tokens, and cut again
+                `fsdp` and `context` for each use, their gradients summed over all devices that see other tokens, and
+                cut again
     experts     rows travel along `expert` at the width of the experts' input (the latent one, where there is one):
                 there and back in the forward pass, three widths in the backward pass (parallel/experts.py)
     tensor      the partial sums of each block's last matmul, and of its input's gradient
@@ -33,6 +34,7 @@ PEAK_FLOPS, HBM_SPEED, HBM_BYTES, NVLINK = 989.4e12, 4.8e12, 141e9, 450e9
 FLOAT32_SLOWDOWN = 8  # of matmuls whose operands are float32, without TF32: an order of magnitude, published nowhere
 
 HOST = 8  # GPUs that NVLink connects
+SHARED = mesh_axes("embed")  # devices along these gather a weight for each use: `fsdp` and `context`
 
 
 @dataclass(frozen=True)
@@ -152,13 +154,19 @@ class Plan:
         used = [axis for names in parts for axis in ((names,) if isinstance(names, str) else names or ())]
         return {axis: self.sizes[axis] for axis in used if self.sizes[axis] > 1}
 
-    def _elements(self, part: Part, *, without: str = "") -> float:
-        """Of a device, in one of the part's weights; ``without`` an axis: as if it cut nothing."""
-        total = 0.0
-        for shape, axes in part.tensors.values():
-            cut = self._cut(shape, axes)
-            total += math.prod(shape) / math.prod(size for axis, size in cut.items() if axis != without)
-        return total
+    def _elements(self, part: Part) -> float:
+        """Of a device, in one of the part's weights."""
+        tensors = part.tensors.values()
+        return sum(math.prod(shape) / math.prod(self._cut(shape, axes).values()) for shape, axes in tensors)
+
+    def _gathered_elements(self, part: Part) -> float:
+        """The same when the devices that share each weight's width have put it together."""
+        return sum(self._in_use(shape, axes) for shape, axes in part.tensors.values())
+
+    def _in_use(self, shape: Sequence[int], axes: Sequence[str]) -> float:
+        """Elements of a weight on a device that has gathered its width."""
+        cut = self._cut(shape, axes)
+        return math.prod(shape) / math.prod(size for axis, size in cut.items() if axis not in SHARED)
 
     def _group(self, axes: Sequence[str]) -> _Axis:
         """The devices that these axes connect. A mesh is laid out with its last axis within a host first."""
@@ -219,7 +227,7 @@ class Plan:
         total = 0.0
         for path, (shape, axes) in part.tensors.items():
             cut = self._cut(shape, axes)
-            size = self.work.operands if "/experts/" in path and "fsdp" not in cut else 4
+            size = self.work.operands if "/experts/" in path and not cut.keys() & set(SHARED) else 4
             total += size * math.prod(shape) / math.prod(cut.values())
         return total
 
@@ -257,15 +265,15 @@ class Plan:
         return self._gathered(part) + again + rows + WORKING * own
 
     def _gathered(self, part: Part) -> float:
-        """Bytes of weights that FSDP has put together for a block, and of gradients that are not cut yet.
+        """Bytes of weights that are put together for a block, and of gradients that are not cut yet.
 
         These are the largest float32 one; of experts on other devices, sums over the rounds of all of them.
         """
         gathered, largest, summed = 0.0, 0.0, 0.0
         for shape, axes in part.tensors.values():
             cut = self._cut(shape, axes)
-            whole = math.prod(shape) / math.prod(size for axis, size in cut.items() if axis != "fsdp")
-            if "fsdp" in cut:
+            whole = self._in_use(shape, axes)
+            if cut.keys() & set(SHARED):
                 gathered += self.work.operands * whole
                 largest = max(largest, 4 * whole)
             if "expert" in cut:
@@ -289,14 +297,14 @@ class Plan:
         gathers = part.runs * (1 if part.name == "head" else again + 1) * self.work.operands
         wide = self.tokens * self.model.hidden_size * self.work.operands
         if part.name == "embeddings":  # vectors are looked up where they are
-            _add(found, "fsdp all-to-all", self._group(["fsdp"]).exchange(2 * part.runs * wide))
+            _add(found, "fsdp all-to-all", self._group(SHARED).exchange(2 * part.runs * wide))
         for shape, axes in part.tensors.values():
             cut = self._cut(shape, axes)
             here = math.prod(shape) / math.prod(cut.values())
-            if "fsdp" in cut and part.name != "embeddings":
-                whole = here * cut["fsdp"]
-                _add(found, "fsdp all-gather", self._group(["fsdp"]).gather(gathers * whole))
-                _add(found, "fsdp reduce-scatter", self._group(["fsdp"]).gather(4 * part.runs * whole))
+            if cut.keys() & set(SHARED) and part.name != "embeddings":
+                whole = self._in_use(shape, axes)
+                _add(found, "fsdp all-gather", self._group(SHARED).gather(gathers * whole))
+                _add(found, "fsdp reduce-scatter", self._group(SHARED).gather(4 * part.runs * whole))
             others = [axis for axis in (*mesh_axes("batch"), *mesh_axes("time")) if axis not in cut]
             reduced = self._group(others).gather(2 * 4 * here)  # to all of them: a reduce-scatter and a gather
             _add(found, "gradient all-reduce", reduced)
@@ -324,7 +332,7 @@ class Plan:
         """{resource: seconds that one layer of a kind keeps it busy in one step}, on H200s."""
         again = 2 if self.work.remat == "full" and part.name[-1] in "M*E-" else 1
         flops = part.runs * (2 + again) * part.flops * self.tokens / self.sizes["tensor"]
-        weights = self._elements(part, without="fsdp")
+        weights = self._gathered_elements(part)
         saved = self.tokens * (part.saved.wide + part.saved.inner / self.sizes["tensor"]) + self._rows(part)
         # Weights are read in each pass and their gradient is written; what is saved is written, read, and its gradient
         # too. The optimizer reads and writes 7 float32 numbers a weight.

@@ -12,7 +12,8 @@ exact in bfloat16; the scales of the tensors are applied to the float32 result. 
 to nearest: 32 elements of the summed axis share a power of two, or a tensor one scale.
 
 The routed experts are tensors of their own: each has its amax, and blocks of tokens do not cross from one to the
-next, since groups are padded to whole blocks.
+next, since groups are padded to whole blocks. On a mesh an amax is that of the tensor on all devices, and blocks of
+tokens hold those of one device; rows that arrive in a further round (parallel/experts.py) are a tensor of their own.
 
 Random bits are a hash of the seed (of step, microbatch and layer), of which product they are for, and of the token's
 place in the global batch: a resumed run draws the same.
@@ -86,12 +87,12 @@ def _block(precision: Precision) -> int:
     return max(16, MULTIPLES[precision.format])
 
 
-def _weight(w_NK: Array, precision: Precision) -> Operand:
-    """Quantised along its last axis."""
+def _weight(w_NK: Array, precision: Precision, amax: Array | None = None) -> Operand:
+    """Quantised along its last axis; ``amax`` float32 []; None: of what is here."""
     if precision.format == "nvfp4":
-        quantized = quantize_nvfp4(w_NK, block=precision.weight_block)
+        quantized = quantize_nvfp4(w_NK, block=precision.weight_block, amax=amax)
         return Operand(quantized.operand(precision.operands), quantized.global_scale())
-    return quantize_rows(w_NK, precision)
+    return quantize_rows(w_NK, precision, amax=amax)
 
 
 def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, amax: Array | None = None) -> Operand:
@@ -116,12 +117,18 @@ def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, 
 
 
 def quantize_tokens(
-    z_MK: Array, precision: Precision, bits: Array | None = None, block_expert: Array | None = None, experts: int = 0
+    z_MK: Array,
+    precision: Precision,
+    bits: Array | None = None,
+    block_expert: Array | None = None,
+    experts: int = 0,
+    over: tuple[str, ...] = (),
 ) -> Operand:
     """Blocks along the first axis, M a multiple of them, transformed first where the recipe says so.
 
     Args:
       block_expert: int32 [M / S], the expert of each block, for an amax (and scale [E]) of each; None: one tensor.
+      over: mesh axes over which devices hold other parts of the experts' tensors.
     """
     size = _block(precision)
     z_BKS = jnp.swapaxes(z_MK.reshape(-1, size, z_MK.shape[1]), 1, 2)
@@ -135,13 +142,17 @@ def quantize_tokens(
         scale = operand.scale
     else:
         amax_B = floats.absolute_max(rows.reshape(z_BKS.shape), axis=(1, 2))
-        amax_E = jnp.zeros(experts, jnp.float32).at[block_expert].max(amax_B, mode="drop")
+        amax_E = _of_all(jnp.zeros(experts, jnp.float32).at[block_expert].max(amax_B, mode="drop"), over)
         amax = amax_E[jnp.minimum(block_expert, experts - 1)][:, None]
         amax = jnp.broadcast_to(amax, (len(amax), z_MK.shape[1])).reshape(-1, 1)
         operand = quantize_rows(rows, precision, bits, amax)
         scale = _scale_of(amax_E, precision)
     values = jnp.swapaxes(operand.values.reshape(z_BKS.shape), 1, 2).reshape(z_MK.shape)
     return Operand(values, scale)
+
+
+def _of_all(amax_E: Array, over: tuple[str, ...]) -> Array:
+    return lax.pmax(amax_E, over) if over else amax_E
 
 
 def _scale_of(amax_E: Array, precision: Precision) -> Array:
@@ -161,7 +172,7 @@ def quantized_expert_matmul(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _experts(x_MK: Array, w_EKN: Array, group_sizes: Array, seed: Array, precision: Precision) -> Array:
     w = _expert_weights(jnp.swapaxes(w_EKN, 1, 2), precision)
-    return _grouped(x_MK, w, group_sizes, precision)
+    return _grouped(x_MK, w, group_sizes, precision, over=precision.cut.rows + precision.cut.inputs)
 
 
 def _experts_fwd(
@@ -174,7 +185,8 @@ def _experts_bwd(precision: Precision, saved: tuple[Array, ...], dy_MN: Array) -
     x_MK, w_EKN, group_sizes, seed = saved
     experts = len(w_EKN)
     bits = _bits(precision, seed, DGRAD, dy_MN.shape)
-    dx = _grouped(dy_MN, _expert_weights(w_EKN, precision), group_sizes, precision, bits)
+    over_x, over_dy = (precision.cut.rows + axes for axes in (precision.cut.inputs, precision.cut.outputs))
+    dx = _grouped(dy_MN, _expert_weights(w_EKN, precision), group_sizes, precision, bits, over=over_dy)
     place_M, sizes, block_expert, rows = _whole_blocks(group_sizes, len(x_MK), _block(precision))
 
     def padded(z: Array) -> Array:
@@ -182,8 +194,8 @@ def _experts_bwd(precision: Precision, saved: tuple[Array, ...], dy_MN: Array) -
 
     bits = _bits(precision, seed, WGRAD, dy_MN.shape)
     bits = None if bits is None else padded(bits)
-    x = quantize_tokens(padded(x_MK), precision, None, block_expert, experts)
-    dy = quantize_tokens(padded(dy_MN), precision, bits, block_expert, experts)
+    x = quantize_tokens(padded(x_MK), precision, None, block_expert, experts, over_x)
+    dy = quantize_tokens(padded(dy_MN), precision, bits, block_expert, experts, over_dy)
     zeros = jnp.zeros(w_EKN.shape, precision.operands)
     _, pull = jax.vjp(lambda w: grouped_matmul(x.values, w, sizes), zeros)
     dw = pull(dy.values)[0].astype(jnp.float32) * (x.scale * dy.scale)[:, None, None]
@@ -195,16 +207,28 @@ _experts.defvjp(_experts_fwd, _experts_bwd)
 
 def _expert_weights(w_ENK: Array, precision: Precision) -> Operand:
     """Each expert quantised along its last axis: values [E, N, K], scale [E]."""
-    values, scale = jax.vmap(lambda w: _weight(w, precision))(w_ENK)
+    amax_E = _of_all(floats.absolute_max(w_ENK, axis=(1, 2)), precision.cut.inputs + precision.cut.outputs)
+    values, scale = jax.vmap(lambda w, amax: _weight(w, precision, amax))(w_ENK, amax_E)
     return Operand(values, scale)
 
 
-def _grouped(z_MK: Array, w: Operand, group_sizes: Array, precision: Precision, bits: Array | None = None) -> Array:
-    """Rows z, quantised along K with an amax of each expert, times w [E, N, K] -> float32 [M, N]."""
+def _grouped(
+    z_MK: Array,
+    w: Operand,
+    group_sizes: Array,
+    precision: Precision,
+    bits: Array | None = None,
+    *,
+    over: tuple[str, ...],
+) -> Array:
+    """Rows z, quantised along K with an amax of each expert, times w [E, N, K] -> float32 [M, N].
+
+    ``over``: mesh axes over which devices hold other parts of z.
+    """
     ends = jnp.cumsum(group_sizes)
     expert_M = jnp.searchsorted(ends, jnp.arange(len(z_MK)), side="right")  # E past the last group
     largest_M = floats.absolute_max(z_MK, axis=1)
-    amax_E = jnp.zeros(len(group_sizes), jnp.float32).at[expert_M].max(largest_M, mode="drop")
+    amax_E = _of_all(jnp.zeros(len(group_sizes), jnp.float32).at[expert_M].max(largest_M, mode="drop"), over)
     last = len(group_sizes) - 1
     z = quantize_rows(z_MK, precision, bits, amax_E[jnp.minimum(expert_M, last)][:, None])
     product = grouped_matmul(z.values, jnp.swapaxes(w.values, 1, 2), group_sizes).astype(jnp.float32)

@@ -14,6 +14,7 @@ import fnmatch
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 
@@ -22,6 +23,20 @@ from nemotron_jax.errors import ConfigError, did_you_mean
 
 # What the sizes of a quantised matmul must divide by: the elements that share a scale.
 MULTIPLES = {"nvfp4": 16, "mxfp8": 32, "fp8": 1}
+
+
+class Cut(NamedTuple):
+    """Where devices compute a matmul of parts (inside of a shard_map): the mesh axes over which they hold other ones.
+
+    A tensor's amax is that of all its parts.
+    """
+
+    rows: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+
+WHOLE = Cut()
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,8 @@ class Precision:
       weight_block: nvfp4: "16x16", so that the forward and the backward pass see one weight, or "1x16".
       stochastic: nvfp4: gradients are rounded stochastically.
       hadamard: nvfp4: both operands of the weight gradient are transformed first.
+      cut: of the experts, set where they are computed (model/moe.py); other matmuls are cut by XLA, which sees whole
+        tensors.
     """
 
     operands: str = "bfloat16"
@@ -43,6 +60,7 @@ class Precision:
     weight_block: str = "16x16"
     stochastic: bool = True
     hadamard: bool = True
+    cut: Cut = WHOLE
 
     def __str__(self) -> str:
         if self.format != "nvfp4":

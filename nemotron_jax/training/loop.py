@@ -304,6 +304,7 @@ class Run:
                 "machine": {
                     "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)",
                     "mesh": meshes.describe(self.setup.mesh),
+                    **_whole_on_each_device(self.setup),
                 },
                 "model": {
                     "layers": config.model.pattern
@@ -394,6 +395,16 @@ def _token_bytes(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
     if tokenizer is not None:
         sizes[: tokenizer.vocab_size] = tokenizer.token_bytes
     return sizes
+
+
+def _whole_on_each_device(setup: TrainSetup) -> dict[str, str]:
+    """A line on weights that the mesh should cut and cannot; nothing where there are none."""
+    found = meshes.kept_whole(setup.abstract_state().params, setup.mesh)
+    lines = [
+        f"along {name}, which {' * '.join(meshes.mesh_axes(name))} does not divide: weights of {size / 1e6:,.1f} MB"
+        for name, size in found.items()
+    ]
+    return {"whole on each device": "\n".join(lines)} if lines else {}
 
 
 def _precision_table(setup: TrainSetup) -> dict[str, str]:

@@ -1,6 +1,9 @@
 """What each block sends, counted in the compiled program of its forward and backward pass."""
 
 import dataclasses
+import importlib.util
+import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +15,10 @@ from nemotron_jax.model import logprobs
 from nemotron_jax.model.context import Context
 from nemotron_jax.model.layer import REMAT, Layer
 from nemotron_jax.model.linear import Embedding, Scope
-from nemotron_jax.parallel.mesh import batch_sharding, shardings
+from nemotron_jax.parallel.mesh import batch_sharding, make_mesh, shardings
 from nemotron_jax.precision.recipe import RECIPES
+from nemotron_jax.run_config import ParallelConfig
+from pallas_kernels import aot
 from tests.parallel.conftest import collectives, elements, kinds
 from tests.tiny import TINY
 
@@ -98,11 +103,40 @@ def test_experts_send_rows_and_gradients(remat, eight):
     assert sum(size >= 1000 for size in elements(found, "all-to-all")) == 4, found
 
 
+SHARE_WEIGHTS = [{"fsdp": 8}, {"context": 8}, {"fsdp": 2, "context": 4}]  # eight devices that gather each weight
+GATHERED = {  # in_proj as one
+    "M": [(32, 136), (32, 32)],
+    "E": [(32, 8), (32, 16), (32, 40), (16, 32), (40, 32), (8, 16, 24), (8, 24, 16)],
+    "*": [(32, 32), (32, 16), (32, 16), (32, 32)],
+    "-": [(32, 48), (48, 32)],
+}
+
+
 @pytest.mark.parametrize("letter", "ME*-")
-def test_fsdp_gathers_weights_not_activations(letter, eight):
-    found = of_layer(letter, eight(fsdp=8))
-    assert kinds(found).keys() <= {"all-gather", "all-reduce", "reduce-scatter"}, found
-    assert not [shape for kind, shapes in found for shape in shapes if shape[:2] == (B, T)], found
+@pytest.mark.parametrize("axes", SHARE_WEIGHTS)
+def test_weights_are_gathered_not_activations(letter, axes, eight):
+    """Each once, over all devices at once; beside them what the tests above allow parts of a sequence."""
+    mesh = eight(**axes)
+    found = of_layer(letter, mesh)
+    gathered = Counter(shape for kind, shapes in found if kind == "all-gather" for shape in shapes)
+    assert not Counter(GATHERED[letter]) - gathered, found
+    others = (gathered - Counter(GATHERED[letter])).total()
+    assert others == (0 if mesh.shape["context"] == 1 else {"M": 3, "*": 5}.get(letter, 0)), found
+    assert "all-to-all" not in kinds(found), found
+    if mesh.shape["context"] == 1:
+        assert "collective-permute" not in kinds(found), found
+
+
+@pytest.mark.parametrize("letter", "ME*-")
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the compiler for GPUs")
+def test_gpus_reduce_gradients_to_the_part_that_each_keeps(letter):
+    """XLA:CPU sums dense weights' gradients as a whole and cuts them afterwards; XLA:GPU does both in one."""
+    mesh = make_mesh(ParallelConfig(data=1, fsdp=2, context=4), aot.devices("h200", 8))
+    with aot.compiling_for("h200"):
+        found = of_layer(letter, mesh)
+    parts = Counter(math.prod(shape) for kind, shapes in found if kind == "reduce-scatter" for shape in shapes)
+    assert not Counter(math.prod(shape) // 8 for shape in GATHERED[letter]) - parts, found
+    assert sum(elements(found, "all-reduce")) < 2 * D * D, found  # vectors and taps
 
 
 @pytest.mark.parametrize("axes", [{"tensor": 8}, {"fsdp": 2, "context": 2, "tensor": 2}])
@@ -122,12 +156,16 @@ def test_logits_are_not_gathered(axes, eight):
     assert elements(found, "all-gather") in ([], [D * vocab // axes["tensor"]]), found
 
 
-def test_the_table_is_not_gathered(eight):
+@pytest.mark.parametrize("axes", [{"fsdp": 4, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}, {"context": 8}])
+def test_the_table_is_not_gathered(axes, eight):
     """Looking tokens up sends rows, not the table."""
+    mesh = eight(**axes)
     found = of_block(
-        eight(fsdp=4, tensor=2),
+        mesh,
         lambda: Embedding(SCOPE, 4096, D, 1.0),
         lambda table, h: table(jnp.zeros((B, T), jnp.int32)) * h,
     )
-    rows = B // 4 * T * D
+    rows = B * T * D * axes.get("tensor", 1) // 8
     assert max(size for kind in kinds(found) if kind != "all-reduce" for size in elements(found, kind)) == rows
+    # The gradient of a part of the table, summed where several devices have it: nowhere here.
+    assert max(elements(found, "all-reduce"), default=0) <= rows

@@ -32,6 +32,7 @@ MESHES = [
     pytest.param("expert=8", marks=SLOW),
     pytest.param("context=8", marks=SLOW),
     pytest.param("tensor=8", marks=SLOW),
+    pytest.param("fsdp=2,context=4", marks=SLOW),
     pytest.param("expert=2,context=4", marks=SLOW),
     pytest.param("fsdp=2,expert=2,tensor=2", marks=SLOW),
     pytest.param("data=2,context=2,tensor=2", marks=SLOW),

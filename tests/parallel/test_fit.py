@@ -32,6 +32,32 @@ def mesh(**axes):
             {"moe": {"num_experts": 12}},
             r"expert=8 .* model\.moe\.num_experts \(12\): .* 1, 2, 3, 4, 6, 12",
         ),
+        (
+            {"fsdp": 8},
+            {"hidden_size": 36},
+            r"fsdp=8 .* model\.hidden_size \(36\): it may be one of 1, 2, 3, 4, 6, 9, 12,",
+        ),
+        (
+            {"fsdp": 2, "context": 4},
+            {"moe": {"latent_size": 12}},
+            r"parallel\.fsdp=2 \* parallel\.context=4 \(8 devices\) does not divide model\.moe\.latent_size \(12\): "
+            r"their product may be one of 1, 2, 3, 4, 6, 12\.",
+        ),
+        (
+            {"tensor": 2},
+            {"intermediate_size": 49},
+            r"tensor=2 .* model\.intermediate_size \(49\): .* one of 1, 7, 49\.",
+        ),
+        (
+            {"tensor": 2},
+            {"moe": {"intermediate_size": 25}},
+            r"tensor=2 .* model\.moe\.intermediate_size \(25\): .* 1, 5, 25",
+        ),
+        (
+            {"tensor": 2},
+            {"moe": {"shared_intermediate_size": 33}},
+            r"tensor=2 .* model\.moe\.shared_intermediate_size \(33\): .* 1, 3, 11, 33",
+        ),
     ],
 )
 def test_models_that_do_not_fit(axes, changes, message):
@@ -42,6 +68,8 @@ def test_models_that_do_not_fit(axes, changes, message):
 
 def test_what_a_pattern_has_not_need_not_fit():
     check_model(dataclasses.replace(TINY, pattern="-E", mtp=None), mesh(tensor=8))
+    check_model(dataclasses.replace(TINY, pattern="M*", mtp=None, intermediate_size=49), mesh(tensor=2))
+    check_model(dataclasses.replace(TINY, vocab_size=65), mesh(fsdp=4, tensor=2))  # stays whole
     check_model(dataclasses.replace(TINY, pattern="*", mtp=None), mesh(tensor=4))  # two key/value heads, four devices
 
 
@@ -95,4 +123,7 @@ def test_the_command_says_so_and_exits_2(tmp_path):
     assert done.returncode == 2
     assert "parallel.expert=8 does not divide model.moe.num_experts (12)" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+    done = train("--config.parallel.fsdp=3")
+    assert done.returncode == 2 and "there are 8" in done.stderr and "such as fsdp=2" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -20,6 +20,7 @@ from nemotron_jax.inference.text import sample_text
 from nemotron_jax.parallel.mesh import make_mesh
 from nemotron_jax.training import loop, step
 from nemotron_jax.training.loop import DIVERGED, DONE, STOPPED, pretrain
+from nemotron_jax.training.state import TrainSetup
 from tests.tiny import TINY, tiny_run
 
 WORDS = "def return import class for in if else while try lambda yield".split()
@@ -350,3 +351,17 @@ def test_perplexity_of_a_file(finished, tmp_path):
         assert nll == pytest.approx(-logprobs.sum(), rel=1e-4)
     else:
         pytest.fail(f"the text should fit one row, it has {ids.shape[1]} tokens")
+
+
+def test_the_start_says_which_weights_no_axis_cuts():
+    """A vocabulary that the devices of tensor do not divide."""
+
+    def lines(vocab_size):
+        config = tiny_run(model=dataclasses.replace(TINY, vocab_size=vocab_size), parallel={"fsdp": 4, "tensor": 2})
+        return loop._whole_on_each_device(TrainSetup(config, make_mesh(config.parallel)))
+
+    assert lines(20_000) == {}
+    embeddings_and_head = 2 * 20_001 * TINY.hidden_size * 4 / 1e6
+    assert lines(20_001) == {
+        "whole on each device": f"along vocab, which tensor does not divide: weights of {embeddings_and_head:.1f} MB"
+    }
