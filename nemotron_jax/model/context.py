@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -39,6 +40,10 @@ class Context:
     def for_layer(self, index: int) -> Context:
         """The context of one layer: its own seed, everything else shared."""
         return self if self.seed is None else replace(self, seed=mix_seed(self.seed, index))
+
+    def seed_of(self, operand: str) -> Array | None:
+        """The seed of one weight of this layer, by its path in the mixer: no two draw the same random bits."""
+        return None if self.seed is None else mix_seed(self.seed, zlib.crc32(operand.encode()))
 
     def real_tokens(self, length: int) -> Array | None:
         """[B, T] bool, False on right padding; None when there is none."""

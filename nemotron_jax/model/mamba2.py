@@ -175,7 +175,7 @@ class Mamba2(nnx.Module):
         """h [B, T, D] -> (y [B, T, D], new state, {})."""
         config = self.config
         batch, time = h_BTD.shape[:2]
-        z, *conv_inputs, dt = self.in_proj(h_BTD, ctx.seed)
+        z, *conv_inputs, dt = self.in_proj(h_BTD, ctx.seed_of("in_proj"))
         rows = None if state is None else take_rows(state, ctx.slots)
         x, B, C = self.conv1d(conv_inputs, None if rows is None else rows.conv_BKW, ctx.segment_ids)
         x_BTHP = x.reshape(batch, time, config.num_heads, config.head_dim)
@@ -201,7 +201,7 @@ class Mamba2(nnx.Module):
                 conv_BKW = final_state(conv_BTW, rows.conv_BKW, taken, config.conv_kernel)
                 new_state = put_rows(state, ctx.slots, MambaState(conv_BKW, ssm_BHPN))
         y = self.norm(y_BTHP.reshape(batch, time, config.inner_size), z)
-        return self.out_proj(y, ctx.seed), new_state, {}
+        return self.out_proj(y, ctx.seed_of("out_proj")), new_state, {}
 
     def _scan(
         self,

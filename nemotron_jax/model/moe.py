@@ -21,10 +21,10 @@ from flax import nnx
 from jax import Array, lax
 
 from nemotron_jax.config import ModelConfig, MoEConfig
-from nemotron_jax.model.context import Context
+from nemotron_jax.model.context import Context, mix_seed
 from nemotron_jax.model.linear import Buffer, Linear, Scope, normal
 from nemotron_jax.model.mlp import FeedForward
-from nemotron_jax.parallel.experts import routed
+from nemotron_jax.parallel.experts import Draw, routed
 from nemotron_jax.parallel.local import per_device
 from nemotron_jax.precision.float32 import float32_matmul
 from nemotron_jax.precision.matmul import expert_matmul
@@ -95,7 +95,7 @@ class Experts(nnx.Module):
         self.precision = scope.precision(width, moe.intermediate_size)
         self.num_experts = moe.num_experts
 
-    def __call__(self, u_BTL: Array, experts_BTK: Array, weights_BTK: Array, seed: Array | None) -> Array:
+    def __call__(self, u_BTL: Array, experts_BTK: Array, weights_BTK: Array, ctx: Context) -> Array:
         """sum_k weights[k] down(relu(up(u))^2) of the chosen experts: [B, T, L], [B, T, K] twice -> [B, T, L]."""
         params = (self.up_proj, self.down_proj)
         return routed(
@@ -107,15 +107,20 @@ class Experts(nnx.Module):
             tuple(w.axes for w in params),
             self.num_experts,
             "float32" if self.precision.format else self.precision.operands,  # masters are rounded once
-            seed,
+            # Experts that draw no random bits need not know which token a row is.
+            ctx.seed_of("experts") if self.precision.draws else None,
         )
 
 
-def _apply(precision: Precision, params: Any, rows: Array, group_sizes: Array, seed: Array | None) -> Array:
+def _apply(precision: Precision, params: Any, rows: Array, group_sizes: Array, draw: Draw | None) -> Array:
     """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
     up_ELF, down_EFL = params
-    hidden = expert_matmul(rows, up_ELF, group_sizes, precision, seed, activation="relu2")
-    return expert_matmul(hidden, down_EFL, group_sizes, precision, seed).astype(rows.dtype)
+    seeds: tuple[Array | None, ...] = (None, None)
+    entry_M = None
+    if draw is not None:
+        seeds, entry_M = (draw.seed, mix_seed(draw.seed, 1)), draw.entry_M
+    hidden = expert_matmul(rows, up_ELF, group_sizes, precision, seeds[0], entry_M, activation="relu2")
+    return expert_matmul(hidden, down_EFL, group_sizes, precision, seeds[1], entry_M).astype(rows.dtype)
 
 
 class MoE(nnx.Module):
@@ -147,10 +152,10 @@ class MoE(nnx.Module):
         """
         batch, time = h_BTD.shape[:2]
         scores_BTE, experts_BTK, weights_BTK = self.gate(h_BTD)
-        u_BTL = self.fc1_latent_proj(h_BTD, ctx.seed) if self.config.latent_size else h_BTD
-        y_BTL = self.experts(u_BTL, experts_BTK, weights_BTK, ctx.seed)
-        y_BTD = self.fc2_latent_proj(y_BTL, ctx.seed) if self.config.latent_size else y_BTL
-        y_BTD = y_BTD + self.shared_experts(h_BTD, ctx.seed)
+        u_BTL = self.fc1_latent_proj(h_BTD, ctx.seed_of("fc1_latent_proj")) if self.config.latent_size else h_BTD
+        y_BTL = self.experts(u_BTL, experts_BTK, weights_BTK, ctx)
+        y_BTD = self.fc2_latent_proj(y_BTL, ctx.seed_of("fc2_latent_proj")) if self.config.latent_size else y_BTL
+        y_BTD = y_BTD + self.shared_experts(h_BTD, ctx, "shared_experts/")
 
         statistics = per_device(
             functools.partial(_statistics, self.config),

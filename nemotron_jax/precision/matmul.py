@@ -42,6 +42,7 @@ def expert_matmul(
     group_sizes: Array,
     precision: Precision,
     seed: Array | None = None,
+    entry_M: Array | None = None,
     *,
     activation: str | None = None,
 ) -> Array:
@@ -52,13 +53,15 @@ def expert_matmul(
       w: [e, k, n]; a packed one gets no gradient.
       group_sizes: [e] int32.
       seed: as in `matmul`.
+      entry_M: uint32 [m], which (token, slot) of the global batch each row is: what its random bits depend on beside
+        the seed. None: its place.
       activation: None or "relu2".
 
     Returns:
       [m, n] in the precision's operand dtype; of a quantised precision in x's.
     """
     if precision.format and not isinstance(w, Packed):
-        product = quantized_expert_matmul(x, w, group_sizes, precision, seed)
+        product = quantized_expert_matmul(x, w, group_sizes, precision, seed, entry_M)
         return ACTIVATIONS[activation](product).astype(x.dtype)
     dtype = jnp.dtype(precision.operands)
     w = w if isinstance(w, Packed) else w.astype(dtype)

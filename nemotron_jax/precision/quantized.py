@@ -14,8 +14,9 @@ to nearest: 32 elements of the summed axis share a power of two, or a tensor one
 The routed experts are tensors of their own: each has its amax, and blocks of tokens do not cross from one to the
 next, since groups are padded to whole blocks.
 
-Random bits are a hash of the seed (of step, microbatch and layer), of which product they are for, and of the token's
-place in the global batch: a resumed run draws the same.
+Random bits are a hash of the seed (of step, microbatch, layer and weight), of which product they are for, and of the
+token's place in the global batch (of an expert's row: of its token and slot), wherever it is computed: a resumed run
+draws the same.
 
 Shapes: M tokens or rows, K inputs, N outputs, E experts, S tokens of a block (16, or 32 for MXFP8).
 """
@@ -61,12 +62,13 @@ def _matmul_fwd(x: Array, w: Array, seed: Array, precision: Precision) -> tuple[
 
 def _matmul_bwd(precision: Precision, saved: tuple[Array, Array, Array], dy_MN: Array) -> tuple[Array, Array, None]:
     x_MK, w_KN, seed = saved
-    dy = quantize_rows(dy_MN, precision, _bits(precision, seed, DGRAD, dy_MN.shape))
+    bits = _bits(precision, seed, DGRAD, _places(dy_MN), dy_MN.shape[1])
+    dy = quantize_rows(dy_MN, precision, bits)
     dx = _product(dy, _weight(w_KN, precision), ((1,), (1,)), precision)
     padding = ((0, -len(x_MK) % _block(precision)), (0, 0))
     x_MK, dy_MN = jnp.pad(x_MK, padding), jnp.pad(dy_MN, padding)
     x = quantize_tokens(x_MK, precision)
-    dy = quantize_tokens(dy_MN, precision, _bits(precision, seed, WGRAD, dy_MN.shape))
+    dy = quantize_tokens(dy_MN, precision, _bits(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1]))
     dw = _product(x, dy, ((0,), (0,)), precision)
     return dx.astype(x_MK.dtype), dw.astype(w_KN.dtype), None
 
@@ -151,43 +153,52 @@ def _scale_of(amax_E: Array, precision: Precision) -> Array:
 
 
 def quantized_expert_matmul(
-    x_MK: Array, w_EKN: Array, group_sizes: Array, precision: Precision, seed: Array | None
+    x_MK: Array,
+    w_EKN: Array,
+    group_sizes: Array,
+    precision: Precision,
+    seed: Array | None,
+    entry_M: Array | None = None,
 ) -> Array:
-    """Each group of rows times its expert's weight -> float32 [M, N]; gradients in the dtypes of x and w."""
+    """Each group of rows times its expert's weight -> float32 [M, N]; gradients in the dtypes of x and w.
+
+    ``entry_M``: uint32 [M], which (token, slot) of the batch each row is; None: its place.
+    """
     seed = jnp.uint32(0) if seed is None else seed
-    return _experts(x_MK, w_EKN, group_sizes, seed, precision)
+    entry_M = jnp.arange(len(x_MK), dtype=jnp.uint32) if entry_M is None else entry_M
+    return _experts(x_MK, w_EKN, group_sizes, seed, entry_M, precision)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _experts(x_MK: Array, w_EKN: Array, group_sizes: Array, seed: Array, precision: Precision) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _experts(x_MK: Array, w_EKN: Array, group_sizes: Array, seed: Array, entry_M: Array, precision: Precision) -> Array:
     w = _expert_weights(jnp.swapaxes(w_EKN, 1, 2), precision)
     return _grouped(x_MK, w, group_sizes, precision)
 
 
 def _experts_fwd(
-    x: Array, w: Array, group_sizes: Array, seed: Array, precision: Precision
+    x: Array, w: Array, group_sizes: Array, seed: Array, entry_M: Array, precision: Precision
 ) -> tuple[Array, tuple[Array, ...]]:
-    return _experts(x, w, group_sizes, seed, precision), (x, w, group_sizes, seed)
+    return _experts(x, w, group_sizes, seed, entry_M, precision), (x, w, group_sizes, seed, entry_M)
 
 
-def _experts_bwd(precision: Precision, saved: tuple[Array, ...], dy_MN: Array) -> tuple[Array, Array, None, None]:
-    x_MK, w_EKN, group_sizes, seed = saved
+def _experts_bwd(precision: Precision, saved: tuple[Array, ...], dy_MN: Array) -> tuple[Array, Array, None, None, None]:
+    x_MK, w_EKN, group_sizes, seed, entry_M = saved
     experts = len(w_EKN)
-    bits = _bits(precision, seed, DGRAD, dy_MN.shape)
+    bits = _bits(precision, seed, DGRAD, entry_M, dy_MN.shape[1])
     dx = _grouped(dy_MN, _expert_weights(w_EKN, precision), group_sizes, precision, bits)
     place_M, sizes, block_expert, rows = _whole_blocks(group_sizes, len(x_MK), _block(precision))
 
     def padded(z: Array) -> Array:
         return jnp.zeros((rows, z.shape[1]), z.dtype).at[place_M].set(z, mode="drop")
 
-    bits = _bits(precision, seed, WGRAD, dy_MN.shape)
+    bits = _bits(precision, seed, WGRAD, entry_M, dy_MN.shape[1])
     bits = None if bits is None else padded(bits)
     x = quantize_tokens(padded(x_MK), precision, None, block_expert, experts)
     dy = quantize_tokens(padded(dy_MN), precision, bits, block_expert, experts)
     zeros = jnp.zeros(w_EKN.shape, precision.operands)
     _, pull = jax.vjp(lambda w: grouped_matmul(x.values, w, sizes), zeros)
     dw = pull(dy.values)[0].astype(jnp.float32) * (x.scale * dy.scale)[:, None, None]
-    return dx.astype(x_MK.dtype), dw.astype(w_EKN.dtype), None, None
+    return dx.astype(x_MK.dtype), dw.astype(w_EKN.dtype), None, None, None
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
@@ -229,21 +240,23 @@ def _whole_blocks(group_sizes: Array, rows: int, size: int) -> tuple[Array, Arra
     return row + shift[expert], sizes, blocks, total
 
 
-def _bits(precision: Precision, seed: Array, product: int, shape: tuple[int, ...]) -> Array | None:
-    if precision.format != "nvfp4" or not precision.stochastic:
-        return None
-    return random_bytes(seed, product, shape)
+def _places(z_MK: Array) -> Array:
+    """[M]: an array of XLA's, over all devices, holds the tokens in their order."""
+    return jnp.arange(len(z_MK), dtype=jnp.uint32)
 
 
-def random_bytes(seed: Array, stream: int, shape: tuple[int, ...]) -> Array:
-    """uint8 [M, N] that depend on the seed, the stream and the place alone; four of them from one hash."""
-    rows, columns = shape
+def _bits(precision: Precision, seed: Array, product: int, token_M: Array, columns: int) -> Array | None:
+    return random_bytes(seed, product, token_M, columns) if precision.draws else None
+
+
+def random_bytes(seed: Array, stream: int, token_M: Array, columns: int) -> Array:
+    """uint8 [M, N] that depend on seed, stream, token (uint32) and column alone; four of them from one hash."""
     quarter = -(-columns // 4)
-    row = lax.broadcasted_iota(jnp.uint32, (rows, 1), 0)
+    row = token_M[:, None]
     column = lax.broadcasted_iota(jnp.uint32, (1, quarter), 1)
     word = _mix(_mix(_mix(seed.astype(jnp.uint32) + jnp.uint32(stream * 0x9E3779B9 % 2**32)) + row) ^ column)
     parts = [(word >> shift).astype(jnp.uint8) for shift in (0, 8, 16, 24)]
-    return jnp.stack(parts, axis=-1).reshape(rows, 4 * quarter)[:, :columns]
+    return jnp.stack(parts, axis=-1).reshape(len(token_M), 4 * quarter)[:, :columns]
 
 
 def _mix(x: Array) -> Array:

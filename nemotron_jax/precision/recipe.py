@@ -44,6 +44,11 @@ class Precision:
     stochastic: bool = True
     hadamard: bool = True
 
+    @property
+    def draws(self) -> bool:
+        """Whether random bits are drawn."""
+        return self.format == "nvfp4" and self.stochastic
+
     def __str__(self) -> str:
         if self.format != "nvfp4":
             return self.format or self.operands

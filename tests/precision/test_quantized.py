@@ -5,10 +5,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from nemotron_jax.model.context import Context
+from nemotron_jax.parallel.mesh import make_mesh
 from nemotron_jax.precision.matmul import expert_matmul, matmul
 from nemotron_jax.precision.quantized import DGRAD, WGRAD, random_bytes
 from nemotron_jax.precision.recipe import Precision
+from nemotron_jax.run_config import ParallelConfig
 from tests.pallas_kernels import nvfp4_oracle as oracle
 
 RNG = np.random.default_rng(0)
@@ -46,7 +51,7 @@ def test_nvfp4(stochastic, hadamard, weight_block):
     precision = Precision("float32", "nvfp4", weight_block, stochastic, hadamard)
     y, dx, dw = gradients(precision)
     bits = {
-        product: np.asarray(random_bytes(SEED, product, (rows, N))) if stochastic else None
+        product: np.asarray(random_bytes(SEED, product, jnp.arange(rows, dtype=jnp.uint32), N)) if stochastic else None
         for product, rows in ((DGRAD, M), (WGRAD, 48))
     }
     close(y, rounded(X) @ rounded(W.T, weight_block).T)
@@ -172,13 +177,51 @@ def test_stochastic_gradients_are_unbiased():
     assert error < 0.02 < np.linalg.norm(nearest - expected) / np.linalg.norm(expected)
 
 
+def test_random_bits_of_a_row_are_those_of_its_token():
+    """Tokens in another order, so rows in another place of each group: each takes its gradient along."""
+    x, w = jnp.asarray(RNG.normal(size=(55, K)), jnp.float32), jnp.asarray(RNG.normal(size=(5, K, N)), jnp.float32)
+    dy, entry = jnp.asarray(RNG.normal(size=(55, N)), jnp.float32), jnp.asarray(RNG.permutation(900)[:55], jnp.uint32)
+    order = np.concatenate([RNG.permutation(np.arange(e - s, e)) for s, e in zip(SIZES, SIZES.cumsum(), strict=True)])
+    precision = Precision("float32", "nvfp4")
+
+    @jax.jit
+    def dx_of(x, dy, entry):
+        return jax.vjp(lambda x: expert_matmul(x, w, jnp.asarray(SIZES), precision, SEED, entry), x)[1](dy)[0]
+
+    plain = dx_of(x, dy, entry)
+    np.testing.assert_array_equal(dx_of(x[order], dy[order], entry[order]), plain[order])
+    assert (np.asarray(dx_of(x[order], dy[order], entry)) != plain[order]).mean() > 0.5
+
+
+def test_random_bits_of_a_sharded_batch():
+    """[B, T] tokens cut over devices both ways: bit for bit what one device rounds."""
+    x, dy = (jnp.asarray(RNG.normal(size=(8, 16, n)), jnp.float32) for n in (K, N))
+    mesh = make_mesh(ParallelConfig(data=2, fsdp=2, context=2))
+    gradients = jax.jit(lambda x, dy: jax.vjp(lambda x: matmul(x, jnp.asarray(W), _ROUNDED, SEED), x)[1](dy)[0])
+    whole = gradients(x, dy)
+    cut = gradients(*(jax.device_put(z, NamedSharding(mesh, P(("data", "fsdp"), "context"))) for z in (x, dy)))
+    assert not cut.sharding.is_fully_replicated
+    np.testing.assert_array_equal(cut, whole)
+
+
+_ROUNDED = Precision("float32", "nvfp4")
+
+
 def test_random_bytes():
-    found = np.asarray(random_bytes(SEED, 1, (400, 130)))
+    tokens = jnp.arange(400, dtype=jnp.uint32)
+    found = np.asarray(random_bytes(SEED, 1, tokens, 130))
     assert found.dtype == np.uint8 and found.shape == (400, 130)
     counts = np.bincount(found.ravel(), minlength=256)
     assert abs(counts - found.size / 256).max() < 6 * np.sqrt(found.size / 256)
-    assert (np.asarray(random_bytes(SEED, 1, (500, 130)))[:400] == found).all()  # a token's place alone counts
-    for other in (random_bytes(SEED, 2, (400, 130)), random_bytes(SEED + 1, 1, (400, 130)), np.roll(found, 1, axis=0)):
+    assert (np.asarray(random_bytes(SEED, 1, tokens[::-1], 130))[::-1] == found).all()  # a token's number alone counts
+    others = (random_bytes(SEED, 2, tokens, 130), random_bytes(SEED + 1, 1, tokens, 130), np.roll(found, 1, axis=0))
+    for other in others:
         assert abs((np.asarray(other) == found).mean() - 1 / 256) < 0.002
     correlation = np.corrcoef(found[:, :-1].ravel(), found[:, 1:].ravel())[0, 1]
     assert abs(correlation) < 0.02
+
+
+def test_no_two_weights_of_a_layer_draw_the_same_bits():
+    ctx = Context(seed=SEED)
+    names = ("in_proj", "out_proj", "experts", "shared_experts/up_proj", "shared_experts/down_proj", "q_proj", "k_proj")
+    assert len({int(ctx.for_layer(i).seed_of(name)) for name in names for i in range(4)}) == 4 * len(names)
