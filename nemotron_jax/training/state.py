@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from nemotron_jax.errors import ConfigError
-from nemotron_jax.model.nemotron import Nemotron, abstract, split_model
+from nemotron_jax.model.nemotron import Nemotron, abstract, matmul_paths, split_model
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.precision.recipe import Recipe, recipe
 from nemotron_jax.run_config import RunConfig
@@ -56,7 +56,28 @@ class TrainSetup:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return recipe(self.config.precision.recipe, self.config.model)
+        precision = self.config.precision
+        return recipe(precision.recipe, self.config.model, precision.exclude)
+
+    @cached_property
+    def phases(self) -> tuple[tuple[int, TrainSetup], ...]:
+        """(first step, setup) of each part of the run: two where ``precision.switch_at`` asks for another recipe.
+
+        They differ in their matmuls alone: a state of one is a state of the other.
+
+        Raises:
+          ConfigError: an unknown recipe, one that does not suit the model, a rule that matches nothing.
+        """
+        precision = self.config.precision
+        phases: tuple[tuple[int, TrainSetup], ...] = ((1, self),)
+        if precision.switch_at:
+            _ = recipe(precision.switch_to, self.config.model, key="precision.switch_to")
+            after = replace(precision, recipe=precision.switch_to, switch_at=0)
+            phases += ((precision.switch_at + 1, replace(self, config=replace(self.config, precision=after))),)
+        for _, setup in phases:
+            setup.recipe.table(matmul_paths(self.config.model))
+            _ = setup.graphdef
+        return phases
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
