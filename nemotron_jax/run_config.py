@@ -165,6 +165,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every: int = 10
+    zero_gradients: bool = False  # their shares where nothing is quantised (quantised recipes always log them)
 
     def __post_init__(self) -> None:
         _check(self.every > 0, f"log.every must be positive, got {self.every}.")

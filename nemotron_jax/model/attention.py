@@ -40,7 +40,7 @@ class Attention(nnx.Module):
         batch, time = h_BTD.shape[:2]
 
         def heads(name: str) -> Array:
-            return getattr(self, name)(h_BTD, ctx.seed_of(name)).reshape(batch, time, -1, self.head_dim)
+            return getattr(self, name)(h_BTD, *ctx.of(name)).reshape(batch, time, -1, self.head_dim)
 
         q_BTHP, k_BTHP, v_BTHP = heads("q_proj"), heads("k_proj"), heads("v_proj")
         if state is None:
@@ -53,7 +53,7 @@ class Attention(nnx.Module):
                 table = ctx.slots[:, None]
             state = write_kv(state, k_BTHP, v_BTHP, ctx.lengths, table, ctx.real_tokens(time))
             y_BTHP = _attend_to_cache(q_BTHP, state, ctx.lengths, table)
-        return self.o_proj(y_BTHP.reshape(batch, time, -1), ctx.seed_of("o_proj")), state, {}
+        return self.o_proj(y_BTHP.reshape(batch, time, -1), *ctx.of("o_proj")), state, {}
 
     @staticmethod
     def init_state(config: ModelConfig, pages: int, page_size: int, dtype: jnp.dtype) -> KVCache:

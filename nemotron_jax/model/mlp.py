@@ -29,8 +29,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Array, ctx: Context, prefix: str = "") -> Array:
         """``prefix``: of this module's path in its mixer."""
-        hidden = relu2(self.up_proj(x, ctx.seed_of(f"{prefix}up_proj")))
-        return self.down_proj(hidden, ctx.seed_of(f"{prefix}down_proj"))
+        hidden = relu2(self.up_proj(x, *ctx.of(f"{prefix}up_proj")))
+        return self.down_proj(hidden, *ctx.of(f"{prefix}down_proj"))
 
 
 class MLP(FeedForward):

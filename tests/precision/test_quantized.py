@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from nemotron_jax.model.context import Context
 from nemotron_jax.parallel.mesh import make_mesh
 from nemotron_jax.precision.matmul import expert_matmul, matmul
-from nemotron_jax.precision.quantized import DGRAD, WGRAD, random_bytes
+from nemotron_jax.precision.quantized import COUNTS, DGRAD, OPERANDS, WGRAD, new_probe, random_bytes
 from nemotron_jax.precision.recipe import Precision
 from nemotron_jax.run_config import ParallelConfig
 from tests.pallas_kernels import nvfp4_oracle as oracle
@@ -224,4 +224,71 @@ def test_random_bytes():
 def test_no_two_weights_of_a_layer_draw_the_same_bits():
     ctx = Context(seed=SEED)
     names = ("in_proj", "out_proj", "experts", "shared_experts/up_proj", "shared_experts/down_proj", "q_proj", "k_proj")
-    assert len({int(ctx.for_layer(i).seed_of(name)) for name in names for i in range(4)}) == 4 * len(names)
+    assert len({int(ctx.for_layer(i).of(name)[0]) for name in names for i in range(4)}) == 4 * len(names)
+
+
+def counts_of(function, *arrays):
+    """{operand: {count: number}} of a matmul of (arrays, probe)."""
+    y, pull = jax.vjp(function, *arrays, new_probe())
+    counts = np.asarray(jax.jit(pull)(jnp.asarray(DY[: len(y), : y.shape[1]], y.dtype))[-1])
+    return {name: dict(zip(COUNTS, row, strict=True)) for name, row in zip(OPERANDS, counts, strict=True)}
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_statistics_of_operands(experts):
+    """Against the oracle: what becomes zero and what is cut off, of the elements that are not zero."""
+    x, w = X.copy(), W.copy()
+    x[3, :16] = np.geomspace(1e-9, 1, 16)  # most of them become zero
+    x[:, 40] = 0
+    x[5, 5] = np.inf
+    precision = Precision("float32", "nvfp4", stochastic=False, hadamard=False)
+    if experts:
+        sizes = jnp.asarray([M], jnp.int32)
+        run = lambda x, w, probe: expert_matmul(x, w[None], sizes, precision, probe=probe)  # noqa: E731
+    else:
+        run = lambda x, w, probe: matmul(x, w, precision, probe=probe)  # noqa: E731
+    found = counts_of(run, x, w)
+    assert found["x"]["non_finite"] == found["x_tokens"]["non_finite"] == 1
+    assert found["x"]["non_zero"] == M * (K - 1) - 1
+
+    x[5, 5] = 1
+    found = counts_of(run, x, w)
+    wanted = {"x": (x, rounded(x)), "w": (w.T, rounded(w.T.copy(), "16x16")), "dy": (DY, rounded(DY))}
+    wanted |= {"x_tokens": (x, along_tokens(x, False)[:M]), "dy_tokens": (DY, along_tokens(DY, False)[:M])}
+    for name, (before, after) in wanted.items():
+        flushed = ((before != 0) & (after == 0)).sum()
+        assert found[name]["flushed"] == flushed and found[name]["non_zero"] == (before != 0).sum()
+        assert found[name]["non_finite"] == 0
+    assert found["x"]["flushed"] > 10
+    # Cut off: above the largest value of its block, to which it was rounded.
+    blocks, codes = (np.abs(z).reshape(M, -1, 16) for z in (x, oracle.quantize(x, "1x16")[0] & 7))
+    top = np.abs(rounded(x)).reshape(M, -1, 16)
+    cut = ((codes == 7) & (blocks > top * (1 + 1e-6))).sum()
+    assert found["x"]["saturated"] == cut > 0
+
+
+@pytest.mark.parametrize("format", ["mxfp8", "fp8"])
+def test_statistics_of_eight_bits(format):
+    x = X.copy()
+    x[0, 0], x[0, 1] = 3e4, 1e-9  # beside the first, in its block of 32, the second is nothing
+    found = counts_of(lambda x, w, probe: matmul(x, w, Precision("float32", format), probe=probe), x[:32], W[:, :32])
+    function = {"mxfp8": mxfp8, "fp8": fp8}[format]
+    assert found["x"]["flushed"] == (function(x[:32]) == 0).sum() >= 1
+    assert found["x"]["saturated"] == 0 and found["x"]["non_zero"] == x[:32].size
+
+
+def test_what_is_not_finite():
+    """NaN, and in NVFP4 an infinity, leave no finite element of the product: a step with them is skipped.
+
+    An infinity in an FP8 tensor becomes 448 (pallas_kernels/fp8.py). Both are counted (non_finite).
+    """
+    for bad, format, some_finite in (
+        (np.nan, "nvfp4", False),
+        (np.inf, "nvfp4", False),
+        (np.nan, "fp8", False),
+        (np.inf, "fp8", True),
+    ):
+        x = X.copy()
+        x[2, 3] = bad
+        y = matmul(jnp.asarray(x), jnp.asarray(W), Precision("float32", format, stochastic=False))
+        assert np.isfinite(y).any() == some_finite
