@@ -219,8 +219,8 @@ class ModelConfig:
 def same_network(a: ModelConfig, b: ModelConfig) -> bool:
     """Whether two configs describe the same tensors and the same function of them.
 
-    How weights are initialised, how often MTP is applied in training, and what a config.json says beside are not part
-    of that.
+    How weights are initialised, how often MTP is applied in training, which layers quantised training leaves in
+    bfloat16, and what a config.json says beside are not part of that.
     """
     return _network(a) == _network(b)
 
@@ -241,6 +241,7 @@ def _network(config: ModelConfig) -> ModelConfig:
         moe=config.moe if "E" in letters else MoEConfig(),
         mtp=config.mtp and MTPConfig(pattern=config.mtp.pattern),
         initializer_std=defaults.initializer_std,
+        bfloat16_share=defaults.bfloat16_share,
         max_positions=defaults.max_positions,
         bos_id=defaults.bos_id,
         eos_id=defaults.eos_id,

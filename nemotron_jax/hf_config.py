@@ -6,11 +6,12 @@ Both spellings of the layer list are read: the pattern string (``hybrid_override
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from nemotron_jax.config import AttentionConfig, MambaConfig, ModelConfig, MoEConfig, MTPConfig
+from nemotron_jax.config import PRESETS, AttentionConfig, MambaConfig, ModelConfig, MoEConfig, MTPConfig, same_network
 from nemotron_jax.errors import ConfigError
 
 # ModelConfig section ("" is the model itself) -> {our field: Hugging Face key}.
@@ -116,9 +117,16 @@ def _from_hf(rest: dict[str, Any]) -> ModelConfig:
         raise ConfigError("config.json lacks hidden_size.")
     if "bfloat16_share" in rest:  # our own key: Hugging Face has nothing to say of it
         model["bfloat16_share"] = rest.pop("bfloat16_share")
+        return _config(pattern, sections, rest)
+    config = _config(pattern, sections, rest)
+    return dataclasses.replace(config, bfloat16_share=_share_where_none_is_given(config))
+
+
+def _config(pattern: str, sections: dict[str, dict[str, Any]], rest: dict[str, Any]) -> ModelConfig:
+    """``rest``: all that no field has taken; emptied of the keys of MTP."""
     return ModelConfig(
         pattern=pattern,
-        **model,
+        **sections[""],
         mamba=MambaConfig(**sections["mamba"]),
         attention=AttentionConfig(**sections["attention"]),
         moe=MoEConfig(**sections["moe"]),
@@ -154,7 +162,7 @@ def to_hf(config: ModelConfig, *, layer_lists: bool = False) -> dict[str, Any]:
         source = getattr(config, section) if section else config
         values.update({theirs: getattr(source, ours) for ours, theirs in fields.items()})
     values["moe_latent_size"] = config.moe.latent_size or None
-    if config.bfloat16_share != ModelConfig.bfloat16_share:
+    if config.bfloat16_share != _share_where_none_is_given(config):
         values["bfloat16_share"] = config.bfloat16_share
     values.update(_layers("", config.pattern, layer_lists))
     if config.mtp is not None:
@@ -163,6 +171,12 @@ def to_hf(config: ModelConfig, *, layer_lists: bool = False) -> dict[str, Any]:
         values["mtp_depth"] = config.mtp.depth
         values["mtp_loss_scaling_factor"] = config.mtp.loss_factor
     return {**values, **extra}
+
+
+def _share_where_none_is_given(config: ModelConfig) -> float:
+    """NVIDIA's files do not say how a model was trained, but the presets do: Ultra's last 16 layers in bfloat16."""
+    same = (known.bfloat16_share for known in PRESETS.values() if same_network(known, config))
+    return next(same, ModelConfig.bfloat16_share)
 
 
 def _layers(prefix: str, pattern: str, as_list: bool) -> dict[str, Any]:

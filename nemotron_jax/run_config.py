@@ -110,6 +110,17 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class PrecisionConfig:
     recipe: str = "auto"  # auto: bfloat16 on GPU, float32 on CPU; see nemotron_jax/precision/recipe.py
+    exclude: str = ""  # comma-separated globs of matmuls that a quantised recipe leaves in bfloat16
+    switch_at: int = 0  # the last step in `recipe`; those after it are in `switch_to`. 0: no switch
+    switch_to: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _check(self.switch_at >= 0, f"precision.switch_at must be 0 (no switch) or a step, got {self.switch_at}.")
+        _check(
+            not self.switch_at or self.switch_to != self.recipe,
+            f"precision.switch_at={self.switch_at} switches from {self.recipe} to the same recipe: set "
+            "precision.switch_to to another one, or precision.switch_at to 0.",
+        )
 
 
 @dataclass(frozen=True)
@@ -160,6 +171,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every: int = 10
+    zero_gradients: bool = False  # their shares where nothing is quantised (quantised recipes always log them)
 
     def __post_init__(self) -> None:
         _check(self.every > 0, f"log.every must be positive, got {self.every}.")

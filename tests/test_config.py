@@ -14,9 +14,11 @@ from nemotron_jax.config import (
     MTPConfig,
     preset,
     replace,
+    same_network,
 )
 from nemotron_jax.errors import ConfigError
 from nemotron_jax.hf_config import from_hf, to_hf
+from nemotron_jax.precision.recipe import last_layers_in_full
 
 
 @pytest.mark.parametrize(
@@ -141,3 +143,16 @@ def test_odd_but_real_configs():
 def test_bad_config_json(change, message):
     with pytest.raises(ConfigError, match=message):
         from_hf({key: value for key, value in (released_nano() | change).items() if value is not None})
+
+
+def test_which_layers_of_ultra_stay_in_bfloat16_is_known_from_its_config_json():
+    """NVIDIA's file says nothing of it; what ours says of another model is kept."""
+    values = to_hf(preset("ultra"))
+    assert "bfloat16_share" not in values
+    assert last_layers_in_full(from_hf(values)) == 16
+    assert last_layers_in_full(from_hf(to_hf(preset("super")))) == 14
+    for model in (preset("ultra"), preset("nano")):
+        other = dataclasses.replace(model, bfloat16_share=0.5)
+        assert from_hf(to_hf(other)).bfloat16_share == 0.5 and same_network(other, model)
+    default = dataclasses.replace(preset("ultra"), bfloat16_share=0.15)  # not what is read where nothing is said
+    assert last_layers_in_full(from_hf(to_hf(default))) == 17

@@ -117,6 +117,8 @@ WORDS = {
     "train.trainable": "-*,+mtp/*",
     "optimizer.name": "adamw",  # the only one there is
     "precision.recipe": "float32",
+    "precision.exclude": "layers/*/mixer/in_proj",
+    "precision.switch_to": "mxfp8",
     "checkpoint.init_from": "runs/other",
     "model.moe.top_k_groups": "1",  # there is one group
     "model.mamba.num_groups": "4",

@@ -39,10 +39,10 @@ class Attention(nnx.Module):
         """h [B, T, D] -> (y [B, T, D], new cache, {}). With a cache, ctx.lengths says how much of it is filled."""
         batch, time = h_BTD.shape[:2]
 
-        def heads(projection: Linear) -> Array:
-            return projection(h_BTD, ctx.seed).reshape(batch, time, -1, self.head_dim)
+        def heads(name: str) -> Array:
+            return getattr(self, name)(h_BTD, *ctx.of(name)).reshape(batch, time, -1, self.head_dim)
 
-        q_BTHP, k_BTHP, v_BTHP = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
+        q_BTHP, k_BTHP, v_BTHP = heads("q_proj"), heads("k_proj"), heads("v_proj")
         if state is None:
             y_BTHP = _attend(q_BTHP, k_BTHP, v_BTHP, ctx.segment_ids)
         else:
@@ -53,7 +53,7 @@ class Attention(nnx.Module):
                 table = ctx.slots[:, None]
             state = write_kv(state, k_BTHP, v_BTHP, ctx.lengths, table, ctx.real_tokens(time))
             y_BTHP = _attend_to_cache(q_BTHP, state, ctx.lengths, table)
-        return self.o_proj(y_BTHP.reshape(batch, time, -1), ctx.seed), state, {}
+        return self.o_proj(y_BTHP.reshape(batch, time, -1), *ctx.of("o_proj")), state, {}
 
     @staticmethod
     def init_state(config: ModelConfig, pages: int, page_size: int, dtype: jnp.dtype) -> KVCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,6 +20,8 @@ class Context:
       segment_ids: [B, T] int32, one document an id; 0 is padding. None: each row is one document.
       positions: [B, T] int32 position of each token in its document. No block reads it (NoPE); evaluation does.
       seed: uint32 scalar of this (step, microbatch, layer), for stochastic rounding.
+      probes: dummy inputs of quantised matmuls by the weight's path in the mixer (``in_proj``): their gradients are the
+        statistics of the operands (precision/quantized.py).
       lengths: [B] int32 tokens that the decode state already holds.
       new_tokens: [B] int32 tokens of this call that are real, the rest being padding on the right. None: all.
       slots: [B] int32 row of the decode state that serves each row of the batch. None: row b is b.
@@ -30,6 +33,7 @@ class Context:
     segment_ids: Array | None = None
     positions: Array | None = None
     seed: Array | None = None
+    probes: dict[str, Array] | None = None
     lengths: Array | None = None
     new_tokens: Array | None = None
     slots: Array | None = None
@@ -39,6 +43,14 @@ class Context:
     def for_layer(self, index: int | Array) -> Context:
         """The context of one layer: its own seed, everything else shared."""
         return self if self.seed is None else replace(self, seed=mix_seed(self.seed, index))
+
+    def of(self, name: str) -> tuple[Array | None, Array | None]:
+        """The seed and the probe of one weight of this layer, by its path in the mixer.
+
+        No two draw the same random bits; the weights of a name in all layers share a probe.
+        """
+        seed = None if self.seed is None else mix_seed(self.seed, zlib.crc32(name.encode()))
+        return seed, None if self.probes is None else self.probes.get(name)
 
     def real_tokens(self, length: int) -> Array | None:
         """[B, T] bool, False on right padding; None when there is none."""

@@ -70,8 +70,8 @@ class Linear(nnx.Module):
         self.weight = scope.param("weight", (n_in, n_out), axes, normal(std))
         self.precision = scope.precision(n_in, n_out)
 
-    def __call__(self, x: Array, seed: Array | None = None) -> Array:
-        return matmul(x, self.weight[...], self.precision, seed)
+    def __call__(self, x: Array, seed: Array | None = None, probe: Array | None = None) -> Array:
+        return matmul(x, self.weight[...], self.precision, seed, probe)
 
 
 class RMSNorm(nnx.Module):

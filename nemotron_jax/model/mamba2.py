@@ -52,12 +52,12 @@ class InProj(nnx.Module):
         self.dt = leaf("dt", config.num_heads, "heads")
         self.precision = scope.precision(n_in, 2 * config.inner_size + 2 * group_channels + config.num_heads)
 
-    def __call__(self, h: Array, seed: Array | None) -> list[Array]:
+    def __call__(self, h: Array, seed: Array | None, probe: Array | None) -> list[Array]:
         leaves = [self.z[...], self.x[...], self.B[...], self.C[...], self.dt[...]]
         # The leaves of a quantised projection are the one tensor they are on disk, whose blocks share an amax.
         if shards("heads") > 1 and not self.precision.format:
             return [matmul(h, leaf, self.precision, seed) for leaf in leaves]
-        fused = matmul(h, side_by_side(leaves), self.precision, seed)
+        fused = matmul(h, side_by_side(leaves), self.precision, seed, probe)
         borders = [sum(leaf.shape[1] for leaf in leaves[: i + 1]) for i in range(len(leaves) - 1)]
         return jnp.split(fused, borders, axis=-1)
 
@@ -175,7 +175,7 @@ class Mamba2(nnx.Module):
         """h [B, T, D] -> (y [B, T, D], new state, {})."""
         config = self.config
         batch, time = h_BTD.shape[:2]
-        z, *conv_inputs, dt = self.in_proj(h_BTD, ctx.seed)
+        z, *conv_inputs, dt = self.in_proj(h_BTD, *ctx.of("in_proj"))
         rows = None if state is None else take_rows(state, ctx.slots)
         x, B, C = self.conv1d(conv_inputs, None if rows is None else rows.conv_BKW, ctx.segment_ids)
         x_BTHP = x.reshape(batch, time, config.num_heads, config.head_dim)
@@ -201,7 +201,7 @@ class Mamba2(nnx.Module):
                 conv_BKW = final_state(conv_BTW, rows.conv_BKW, taken, config.conv_kernel)
                 new_state = put_rows(state, ctx.slots, MambaState(conv_BKW, ssm_BHPN))
         y = self.norm(y_BTHP.reshape(batch, time, config.inner_size), z)
-        return self.out_proj(y, ctx.seed), new_state, {}
+        return self.out_proj(y, *ctx.of("out_proj")), new_state, {}
 
     def _scan(
         self,

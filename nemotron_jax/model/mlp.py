@@ -27,8 +27,10 @@ class FeedForward(nnx.Module):
         self.up_proj = Linear(scope / "up_proj", d, size, ("embed", "mlp"), config.init_std)
         self.down_proj = Linear(scope / "down_proj", size, d, ("mlp", "embed"), config.output_init_std)
 
-    def __call__(self, x: Array, seed: Array | None) -> Array:
-        return self.down_proj(relu2(self.up_proj(x, seed)), seed)
+    def __call__(self, x: Array, ctx: Context, prefix: str = "") -> Array:
+        """``prefix``: of this module's path in its mixer."""
+        hidden = relu2(self.up_proj(x, *ctx.of(f"{prefix}up_proj")))
+        return self.down_proj(hidden, *ctx.of(f"{prefix}down_proj"))
 
 
 class MLP(FeedForward):
@@ -38,7 +40,7 @@ class MLP(FeedForward):
         super().__init__(scope, config, config.intermediate_size)
 
     def __call__(self, h_BTD: Array, ctx: Context, state: None) -> tuple[Array, None, dict[str, Array]]:  # type: ignore[override]
-        return super().__call__(h_BTD, ctx.seed), None, {}
+        return super().__call__(h_BTD, ctx), None, {}
 
     @staticmethod
     def flops_per_token(config: ModelConfig, seq_len: int) -> float:

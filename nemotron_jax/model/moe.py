@@ -22,10 +22,10 @@ from flax import nnx
 from jax import Array, lax
 
 from nemotron_jax.config import ModelConfig, MoEConfig
-from nemotron_jax.model.context import Context
+from nemotron_jax.model.context import Context, mix_seed
 from nemotron_jax.model.linear import Buffer, Linear, Scope, normal
 from nemotron_jax.model.mlp import FeedForward
-from nemotron_jax.parallel.experts import others_with_rows, routed
+from nemotron_jax.parallel.experts import Draw, others_with_rows, routed
 from nemotron_jax.parallel.local import per_device
 from nemotron_jax.parallel.mesh import mesh_axes
 from nemotron_jax.precision.float32 import float32_matmul
@@ -98,19 +98,25 @@ class Experts(nnx.Module):
         self.num_experts = moe.num_experts
         self.width = moe.intermediate_size
 
-    def __call__(self, u_BTL: Array, experts_BTK: Array, weights_BTK: Array, seed: Array | None) -> Array:
+    def __call__(self, u_BTL: Array, experts_BTK: Array, weights_BTK: Array, ctx: Context) -> Array:
         """sum_k weights[k] down(relu(up(u))^2) of the chosen experts: [B, T, L], [B, T, K] twice -> [B, T, L]."""
         params = (self.up_proj, self.down_proj)
+        weights: tuple[Array, ...] = tuple(w[...] for w in params)
+        axes = tuple(w.axes for w in params)
+        up_probe, down_probe = (ctx.of(f"experts/{name}")[1] for name in ("up_proj", "down_proj"))
+        if up_probe is not None and down_probe is not None:  # their gradients are summed as those of weights are
+            weights, axes = (*weights, up_probe, down_probe), (*axes, (None, None), (None, None))
         return routed(
             functools.partial(_apply, self.precision, self.num_experts, self.width),
             u_BTL,
             experts_BTK,
             weights_BTK,
-            tuple(w[...] for w in params),
-            tuple(w.axes for w in params),
+            weights,
+            axes,
             self.num_experts,
             "float32" if self.precision.format else self.precision.operands,  # masters are rounded once
-            seed,
+            # Experts that draw no random bits need not know which token a row is.
+            ctx.of("experts")[0] if self.precision.draws else None,
         )
 
 
@@ -121,18 +127,23 @@ def _apply(
     params: Any,
     rows: Array,
     group_sizes: Array,
-    seed: Array | None,
+    draw: Draw | None,
 ) -> Array:
     """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows.
 
     ``num_experts`` and ``width`` are those of all devices, which may have parts of both.
     """
-    up_ELF, down_EFL = params
+    up_ELF, down_EFL, *probes = params
+    up_probe, down_probe = probes or (None, None)
+    seeds: tuple[Array | None, ...] = (None, None)
+    entry_M = None
+    if draw is not None:
+        seeds, entry_M = (draw.seed, mix_seed(draw.seed, 1)), draw.entry_M
     here, _, part = up_ELF.shape
     others, cut = others_with_rows(here, num_experts), mesh_axes("expert_mlp") if part < width else ()
     of_up, of_down = (replace(precision, cut=to) for to in (Cut(others, outputs=cut), Cut(others, inputs=cut)))
-    hidden = expert_matmul(rows, up_ELF, group_sizes, of_up, seed, activation="relu2")
-    return expert_matmul(hidden, down_EFL, group_sizes, of_down, seed).astype(rows.dtype)
+    hidden = expert_matmul(rows, up_ELF, group_sizes, of_up, seeds[0], entry_M, up_probe, activation="relu2")
+    return expert_matmul(hidden, down_EFL, group_sizes, of_down, seeds[1], entry_M, down_probe).astype(rows.dtype)
 
 
 class MoE(nnx.Module):
@@ -164,10 +175,10 @@ class MoE(nnx.Module):
         """
         batch, time = h_BTD.shape[:2]
         scores_BTE, experts_BTK, weights_BTK = self.gate(h_BTD)
-        u_BTL = self.fc1_latent_proj(h_BTD, ctx.seed) if self.config.latent_size else h_BTD
-        y_BTL = self.experts(u_BTL, experts_BTK, weights_BTK, ctx.seed)
-        y_BTD = self.fc2_latent_proj(y_BTL, ctx.seed) if self.config.latent_size else y_BTL
-        y_BTD = y_BTD + self.shared_experts(h_BTD, ctx.seed)
+        u_BTL = self.fc1_latent_proj(h_BTD, *ctx.of("fc1_latent_proj")) if self.config.latent_size else h_BTD
+        y_BTL = self.experts(u_BTL, experts_BTK, weights_BTK, ctx)
+        y_BTD = self.fc2_latent_proj(y_BTL, *ctx.of("fc2_latent_proj")) if self.config.latent_size else y_BTL
+        y_BTD = y_BTD + self.shared_experts(h_BTD, ctx, "shared_experts/")
 
         statistics = per_device(
             functools.partial(_statistics, self.config),

@@ -46,7 +46,7 @@ class MTP(nnx.Module):
     ) -> tuple[Array, tuple[MixerState, ...] | None, dict[str, Array]]:
         """One depth: embeddings of the tokens k ahead and h^{k-1} -> (h^k, new states, aux)."""
         x_BTD = jnp.concatenate([self.enorm(embedded_BTD), self.hnorm(h_BTD)], axis=-1)
-        x_BTD = self.eh_proj(x_BTD, ctx.seed)
+        x_BTD = self.eh_proj(x_BTD, *ctx.for_layer(first_seed).of("eh_proj"))
         x_BTD, states, aux = run_layers(self.layers, x_BTD, ctx, states, remat=remat, first_seed=first_seed)
         return self.final_layernorm(x_BTD), states, {f"mtp/{name}": value for name, value in aux.items()}
 

@@ -9,7 +9,7 @@ Shapes: B batch, T time, D model width, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,16 +180,18 @@ def abstract(config: ModelConfig, recipe: Recipe) -> Nemotron:
     return nnx.eval_shape(functools.partial(Nemotron, config, recipe, jax.random.key(0)))
 
 
-def find_layer_stack(model: Nemotron, same: Callable[[tuple[Any, ...]], Hashable]) -> Stack:
+def find_layer_stack(models: Sequence[Nemotron], same: Callable[[tuple[Any, ...]], Hashable]) -> Stack:
     """The stack of a model's layers.
 
     Args:
+      models: the model in each of the recipes that a run takes it through.
       same: of the path of a parameter; layers in which it differs do not share a place.
     """
     kinds = []
-    for number, layer in enumerate(model.layers):
-        graphdef, leaves = nnx.split(layer)
-        kinds.append((graphdef, tuple(same(("layers", number, *path)) for path, _ in nnx.to_flat_state(leaves))))
+    for number, layers in enumerate(zip(*(model.layers for model in models), strict=True)):
+        graphdefs, states = zip(*map(nnx.split, layers), strict=True)
+        paths = [("layers", number, *path) for path, _ in nnx.to_flat_state(states[0])]
+        kinds.append((graphdefs, tuple(map(same, paths))))
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     return find_stack([numbers[kind] for kind in kinds])
 

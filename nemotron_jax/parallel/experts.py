@@ -39,8 +39,19 @@ ROOM = 1.5
 # What a layer that is computed again keeps all the same (jax.checkpoint): the rows would travel a third time for it.
 KEPT = "routed"
 
-# (weights, rows [M, L] sorted by expert, rows of each expert, seed) -> [M, L]
-Apply = Callable[[Any, Array, Array, Array | None], Array]
+
+class Draw(NamedTuple):
+    """What random bits of a row depend on: a seed, uint32 scalar, and which (token, slot) of the global batch it is.
+
+    Not on where the row is computed: entry_M, uint32 [M], travels with the rows.
+    """
+
+    seed: Array
+    entry_M: Array
+
+
+# (weights, rows [M, L] sorted by expert, rows of each expert, what to draw random bits from) -> [M, L]
+Apply = Callable[[Any, Array, Array, Draw | None], Array]
 
 
 def routed(
@@ -62,7 +73,7 @@ def routed(
       experts_BTK, weights_BTK: [B, T, K] int and float32, the chosen experts and what they weigh.
       params: weights of the experts, each [E, ...].
       axes: their logical axes, "experts" first.
-      seed: uint32 scalar, handed to `apply`.
+      seed: uint32 scalar, handed to `apply` with each row's (token, slot); None: it draws nothing.
       dtype: in which `apply` uses them, and in which parts of them travel to make them whole.
 
     Returns:
@@ -74,18 +85,31 @@ def routed(
     route = functools.partial(_far if travels else _near, apply, num_experts)
     shapes = [w.shape for w in params]
 
-    def of_device(seed: Array | None, u_BTL: Array, experts_BTK: Array, weights_BTK: Array, *params: Any) -> Array:
+    batch, time, slots = experts_BTK.shape
+    entry_BTK = None
+    if seed is not None:
+        entry_BTK = jnp.arange(batch * time * slots, dtype=jnp.uint32).reshape(batch, time, slots)
+
+    def of_device(
+        seed: Array | None,
+        entry_BTK: Array | None,
+        u_BTL: Array,
+        experts_BTK: Array,
+        weights_BTK: Array,
+        *params: Any,
+    ) -> Array:
         if not packed:
             params = tuple(gathered(w, of, shape, dtype) for w, of, shape in zip(params, axes, shapes, strict=True))
         x, experts, weights = (z.reshape(-1, z.shape[-1]) for z in (u_BTL, experts_BTK, weights_BTK))
-        return route(x, experts, weights, params, seed).reshape(1, *u_BTL.shape)
+        draw = None if seed is None or entry_BTK is None else Draw(seed, entry_BTK.reshape(-1))
+        return route(x, experts, weights, params, draw).reshape(1, *u_BTL.shape)
 
     tokens = ("batch", "time", None)
     cut = (None,) * len(params) if packed else axes
     run = per_device(
-        of_device, ((), tokens, tokens, tokens, *cut), ("expert_mlp", *tokens), whole=("expert_mlp",) * packed
+        of_device, ((), tokens, tokens, tokens, tokens, *cut), ("expert_mlp", *tokens), whole=("expert_mlp",) * packed
     )
-    y_BTL = run(seed, u_BTL, experts_BTK, weights_BTK, *params).sum(0, dtype=u_BTL.dtype)
+    y_BTL = run(seed, entry_BTK, u_BTL, experts_BTK, weights_BTK, *params).sum(0, dtype=u_BTL.dtype)
     return checkpoint_name(y_BTL, KEPT) if travels else y_BTL
 
 
@@ -98,47 +122,54 @@ def others_with_rows(experts_here: int, num_experts: int) -> tuple[str, ...]:
     return tuple(axis for axis in mesh_axes("batch") + mesh_axes("time") if axis not in travelled)
 
 
-def _near(apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any, seed: Any) -> Array:
+def _near(apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any, draw: Any) -> Array:
     """Every expert is here: x [M / K, L], experts and weights [M / K, K] -> [M / K, L]."""
     rows, group_sizes, row_map = permute(x, experts, num_experts)
-    return unpermute(apply(params, rows, group_sizes, seed), row_map, weights)
+    draw = draw and draw._replace(entry_M=_of_rows(draw.entry_M, row_map))
+    return unpermute(apply(params, rows, group_sizes, draw), row_map, weights)
+
+
+def _of_rows(of_entry: Array, row_map: Array) -> Array:
+    """What belongs to each (token, slot) [M, ...], in the order of the rows."""
+    return jnp.zeros_like(of_entry).at[row_map.reshape(-1)].set(of_entry, unique_indices=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _far(apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any, seed: Any) -> Array:
-    """The same where each device has a part of the experts."""
+def _far(apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any, draw: Any) -> Array:
+    """The same where each device has a part of the experts. Random bits are for gradients alone: none are drawn."""
     rows, counts, row_map = permute(x, experts, num_experts)
     trip = _plan(counts, rows.shape[0])
 
     def one_round(i: Array, out: Array) -> Array:
         arrived = _there(trip, i, rows)
         sorted_rows, group_sizes, place = _by_expert(trip, i, arrived)
-        return _back(trip, i, apply(params, sorted_rows, group_sizes, seed)[place], out)
+        return _back(trip, i, apply(params, sorted_rows, group_sizes, None)[place], out)
 
     out = lax.fori_loop(0, trip.rounds, one_round, jnp.zeros_like(rows))
     return unpermute(out, row_map, weights)
 
 
 def _far_fwd(
-    apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any, seed: Any
+    apply: Apply, num_experts: int, x: Array, experts: Array, weights: Array, params: Any, draw: Any
 ) -> tuple[Array, tuple[Any, ...]]:
-    return _far(apply, num_experts, x, experts, weights, params, seed), (x, experts, weights, params, seed)
+    return _far(apply, num_experts, x, experts, weights, params, draw), (x, experts, weights, params, draw)
 
 
 def _far_bwd(apply: Apply, num_experts: int, saved: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
-    x, experts, weights, params, seed = saved
+    x, experts, weights, params, draw = saved
     both = jnp.concatenate([x, dy.astype(x.dtype)], axis=1)
     rows, counts, row_map = permute(both, experts, num_experts)
     trip = _plan(counts, rows.shape[0])
-    weight_of_row = jnp.zeros((rows.shape[0], 1), weights.dtype)
-    weight_of_row = weight_of_row.at[row_map.reshape(-1)].set(weights.reshape(-1, 1), unique_indices=True)
+    weight_of_row = _of_rows(weights.reshape(-1, 1), row_map)
+    entry_of_row = draw and _of_rows(draw.entry_M[:, None], row_map)
 
     def one_round(i: Array, sums: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
         dx_of_row, dw_of_row, d_params = sums
         sorted_rows, group_sizes, place = _by_expert(trip, i, _there(trip, i, rows))
         w = _sorted_like(place, _there(trip, i, weight_of_row))
         sorted_x, sorted_dy = jnp.split(sorted_rows, 2, axis=1)
-        y, pull = jax.vjp(lambda params, x: apply(params, x, group_sizes, seed), params, sorted_x)
+        here = draw and draw._replace(entry_M=_sorted_like(place, _there(trip, i, entry_of_row))[:, 0])
+        y, pull = jax.vjp(lambda params, x: apply(params, x, group_sizes, here), params, sorted_x)
         dw = (sorted_dy.astype(w.dtype) * y.astype(w.dtype)).sum(1, keepdims=True)
         more, dx = pull((w * sorted_dy).astype(y.dtype))
         d_params = jax.tree.map(lambda total, d: total + d.astype(total.dtype), d_params, more)

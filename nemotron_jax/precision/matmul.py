@@ -19,7 +19,9 @@ from pallas_kernels.grouped_matmul import ACTIVATIONS
 from pallas_kernels.packed import Packed
 
 
-def matmul(x: Array, w: Array | Packed, precision: Precision, seed: Array | None = None) -> Array:
+def matmul(
+    x: Array, w: Array | Packed, precision: Precision, seed: Array | None = None, probe: Array | None = None
+) -> Array:
     """``x [..., k] @ w [k, n] -> [..., n]`` in x's dtype.
 
     Args:
@@ -27,12 +29,13 @@ def matmul(x: Array, w: Array | Packed, precision: Precision, seed: Array | None
       w: weight; cast to the precision's operand dtype here, so master weights stay float32. A packed one is frozen:
         it gets no gradient.
       precision: resolved at construction from the recipe.
-      seed: uint32 scalar of this (step, microbatch, layer), for stochastic rounding.
+      seed: uint32 scalar of this (step, microbatch, layer, weight), for stochastic rounding.
+      probe: ``quantized.new_probe()``, whose gradient is the statistics of a quantised matmul; zeros of another.
     """
     if isinstance(w, Packed):
         return _packed_matmul(x, w, jnp.dtype(precision.operands))
     if precision.format:
-        return quantized_matmul(x, w, precision, seed)
+        return quantized_matmul(x, w, precision, seed, probe)
     return _matmul(x, w, jnp.dtype(precision.operands))
 
 
@@ -42,6 +45,8 @@ def expert_matmul(
     group_sizes: Array,
     precision: Precision,
     seed: Array | None = None,
+    entry_M: Array | None = None,
+    probe: Array | None = None,
     *,
     activation: str | None = None,
 ) -> Array:
@@ -52,13 +57,16 @@ def expert_matmul(
       w: [e, k, n]; a packed one gets no gradient.
       group_sizes: [e] int32.
       seed: as in `matmul`.
+      entry_M: uint32 [m], which (token, slot) of the global batch each row is: what its random bits depend on beside
+        the seed. None: its place.
+      probe: as in `matmul`.
       activation: None or "relu2".
 
     Returns:
       [m, n] in the precision's operand dtype; of a quantised precision in x's.
     """
     if precision.format and not isinstance(w, Packed):
-        product = quantized_expert_matmul(x, w, group_sizes, precision, seed)
+        product = quantized_expert_matmul(x, w, group_sizes, precision, seed, entry_M, probe)
         return ACTIVATIONS[activation](product).astype(x.dtype)
     dtype = jnp.dtype(precision.operands)
     w = w if isinstance(w, Packed) else w.astype(dtype)

@@ -15,8 +15,9 @@ The routed experts are tensors of their own: each has its amax, and blocks of to
 next, since groups are padded to whole blocks. On a mesh an amax is that of the tensor on all devices, and blocks of
 tokens hold those of one device; rows that arrive in a further round (parallel/experts.py) are a tensor of their own.
 
-Random bits are a hash of the seed (of step, microbatch and layer), of which product they are for, and of the token's
-place in the global batch: a resumed run draws the same.
+Random bits are a hash of the seed (of step, microbatch, layer and weight), of which product they are for, and of the
+token's place in the global batch (of an expert's row: of its token and slot), wherever it is computed: a resumed run
+draws the same.
 
 Shapes: M tokens or rows, K inputs, N outputs, E experts, S tokens of a block (16, or 32 for MXFP8).
 """
@@ -24,52 +25,96 @@ Shapes: M tokens or rows, K inputs, N outputs, E experts, S tokens of a block (1
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nemotron_jax.precision.formats import hadamard16, quantize_fp8, quantize_mxfp8, quantize_nvfp4
+from nemotron_jax.precision.formats import NVFP4, hadamard16, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
 from pallas_kernels import floats, grouped_matmul
 
 DGRAD, WGRAD = 1, 2  # which product random bits are for
 
 
+OPERANDS = ("x", "w", "dy", "x_tokens", "dy_tokens")  # the last two in blocks along tokens, for the weight's gradient
+COUNTS = ("non_zero", "flushed", "saturated", "non_finite")
+
+
+def new_probe() -> Array:
+    """The dummy input of a quantised matmul whose gradient is its statistics: COUNTS of each of OPERANDS.
+
+    Counted before rounding (after the Hadamard transform): elements that are finite and not zero; those of them that
+    become zero; those that lie above the largest value of their block, by more than float32 rounds; NaN and infinities.
+    """
+    return jnp.zeros((len(OPERANDS), len(COUNTS)), jnp.float32)
+
+
 class Operand(NamedTuple):
-    """``values * scale`` is the quantised tensor; values are exact in the dtype of the GEMM, scale is float32."""
+    """``values * scale`` is the quantised tensor; values are exact in the dtype of the GEMM, scale is float32.
+
+    counts: float32, COUNTS along the last axis; XLA computes them where somebody asks for them.
+    """
 
     values: Array
     scale: Array
+    counts: Array
 
 
-def quantized_matmul(x: Array, w: Array, precision: Precision, seed: Array | None) -> Array:
-    """``x [..., k] @ w [k, n] -> [..., n]`` in x's dtype; the gradient of w has w's dtype."""
+def _operand(z: Array, values: Array, scale: Array, limit: Array) -> Operand:
+    """``limit``: the largest of the values that each block of z has; a block of 16 or 32 elements, or all."""
+    z = z.astype(jnp.float32)
+    limit = jnp.repeat(limit, z.shape[-1] // limit.shape[-1], axis=-1) if limit.ndim else limit
+    finite = jnp.isfinite(z)
+    non_zero, kept = finite & (z != 0), values != 0
+    above = jnp.abs(z) > limit * scale * (1 + 2.0**-20)
+    counted = (non_zero, non_zero & ~kept, non_zero & kept & above, ~finite)
+    return Operand(values, scale, jnp.stack([which.sum(dtype=jnp.float32) for which in counted]))
+
+
+def quantized_matmul(x: Array, w: Array, precision: Precision, seed: Array | None, probe: Array | None = None) -> Array:
+    """``x [..., k] @ w [k, n] -> [..., n]`` in x's dtype; the gradient of w has w's dtype, that of the probe counts."""
     seed = jnp.uint32(0) if seed is None else seed
-    return _matmul(x.reshape(-1, x.shape[-1]), w, seed, precision).reshape(*x.shape[:-1], w.shape[1])
+    return _matmul(x.reshape(-1, x.shape[-1]), w, seed, probe, precision).reshape(*x.shape[:-1], w.shape[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _matmul(x_MK: Array, w_KN: Array, seed: Array, precision: Precision) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _matmul(x_MK: Array, w_KN: Array, seed: Array, probe: Array | None, precision: Precision) -> Array:
+    return _forward(x_MK, w_KN, precision)[0]
+
+
+def _forward(x_MK: Array, w_KN: Array, precision: Precision) -> tuple[Array, Array]:
+    """The product, and COUNTS of x and w."""
     x, w = quantize_rows(x_MK, precision), _weight(w_KN.T, precision)
-    return _product(x, w, ((1,), (1,)), precision).astype(x_MK.dtype)
+    return _product(x, w, ((1,), (1,)), precision).astype(x_MK.dtype), jnp.stack([x.counts, w.counts])
 
 
-def _matmul_fwd(x: Array, w: Array, seed: Array, precision: Precision) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _matmul(x, w, seed, precision), (x, w, seed)
+def _matmul_fwd(
+    x: Array, w: Array, seed: Array, probe: Array | None, precision: Precision
+) -> tuple[Array, tuple[Any, ...]]:
+    y, counts = _forward(x, w, precision)
+    return y, (x, w, seed, None if probe is None else counts)
 
 
-def _matmul_bwd(precision: Precision, saved: tuple[Array, Array, Array], dy_MN: Array) -> tuple[Array, Array, None]:
-    x_MK, w_KN, seed = saved
-    dy = quantize_rows(dy_MN, precision, _bits(precision, seed, DGRAD, dy_MN.shape))
+def _matmul_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> tuple[Array, Array, None, Array | None]:
+    x_MK, w_KN, seed, forward = saved
+    bits = _bits(precision, seed, DGRAD, _places(dy_MN), dy_MN.shape[1])
+    dy = quantize_rows(dy_MN, precision, bits)
+    counts = [dy.counts]
     dx = _product(dy, _weight(w_KN, precision), ((1,), (1,)), precision)
     padding = ((0, -len(x_MK) % _block(precision)), (0, 0))
     x_MK, dy_MN = jnp.pad(x_MK, padding), jnp.pad(dy_MN, padding)
     x = quantize_tokens(x_MK, precision)
-    dy = quantize_tokens(dy_MN, precision, _bits(precision, seed, WGRAD, dy_MN.shape))
+    dy = quantize_tokens(dy_MN, precision, _bits(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1]))
     dw = _product(x, dy, ((0,), (0,)), precision)
-    return dx.astype(x_MK.dtype), dw.astype(w_KN.dtype), None
+    counts += [x.counts, dy.counts]
+    return dx.astype(x_MK.dtype), dw.astype(w_KN.dtype), None, _of_probe(forward, counts)
+
+
+def _of_probe(forward: Array | None, backward: list[Array]) -> Array | None:
+    """The gradient of a probe, where there is one."""
+    return None if forward is None else jnp.concatenate([forward, jnp.stack(backward)])
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -91,8 +136,13 @@ def _weight(w_NK: Array, precision: Precision, amax: Array | None = None) -> Ope
     """Quantised along its last axis; ``amax`` float32 []; None: of what is here."""
     if precision.format == "nvfp4":
         quantized = quantize_nvfp4(w_NK, block=precision.weight_block, amax=amax)
-        return Operand(quantized.operand(precision.operands), quantized.global_scale())
+        return _nvfp4_operand(w_NK, quantized, precision)
     return quantize_rows(w_NK, precision, amax=amax)
+
+
+def _nvfp4_operand(z: Array, quantized: NVFP4, precision: Precision) -> Operand:
+    limit = 6 * floats.e4m3_value(floats.e4m3_bits(quantized.scales))
+    return _operand(z, quantized.operand(precision.operands), quantized.global_scale(), limit)
 
 
 def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, amax: Array | None = None) -> Operand:
@@ -106,14 +156,18 @@ def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, 
     if precision.format == "nvfp4":
         rounding = "nearest" if bits is None else "stochastic"
         quantized = quantize_nvfp4(z_MK, rounding=rounding, bits=bits, amax=amax)
-        return Operand(quantized.operand(dtype), quantized.global_scale())
+        return _nvfp4_operand(z_MK, quantized, precision)
     if precision.format == "mxfp8":
-        return Operand(quantize_mxfp8(z_MK).dequantize(dtype), jnp.float32(1))
+        mx = quantize_mxfp8(z_MK)
+        limit = 448 * floats.float_of(mx.scales.astype(jnp.uint32) << 23)
+        return _operand(z_MK, mx.dequantize(dtype), jnp.float32(1), limit)
     if amax is not None and amax.ndim:
         codes = jax.vmap(lambda row, amax: quantize_fp8(row, amax=amax[0]))(z_MK, amax)
-        return Operand(floats.e4m3_value(floats.e4m3_bits(codes.codes)).astype(dtype), codes.scale[:, None])
+        values = floats.e4m3_value(floats.e4m3_bits(codes.codes)).astype(dtype)
+        return _operand(z_MK, values, codes.scale[:, None], jnp.float32(448))
     one = quantize_fp8(z_MK, amax=amax)
-    return Operand(floats.e4m3_value(floats.e4m3_bits(one.codes)).astype(dtype), one.scale)
+    values = floats.e4m3_value(floats.e4m3_bits(one.codes)).astype(dtype)
+    return _operand(z_MK, values, one.scale, jnp.float32(448))
 
 
 def quantize_tokens(
@@ -148,7 +202,7 @@ def quantize_tokens(
         operand = quantize_rows(rows, precision, bits, amax)
         scale = _scale_of(amax_E, precision)
     values = jnp.swapaxes(operand.values.reshape(z_BKS.shape), 1, 2).reshape(z_MK.shape)
-    return Operand(values, scale)
+    return Operand(values, scale, operand.counts)
 
 
 def _of_all(amax_E: Array, over: tuple[str, ...]) -> Array:
@@ -162,44 +216,76 @@ def _scale_of(amax_E: Array, precision: Precision) -> Array:
 
 
 def quantized_expert_matmul(
-    x_MK: Array, w_EKN: Array, group_sizes: Array, precision: Precision, seed: Array | None
+    x_MK: Array,
+    w_EKN: Array,
+    group_sizes: Array,
+    precision: Precision,
+    seed: Array | None,
+    entry_M: Array | None = None,
+    probe: Array | None = None,
 ) -> Array:
-    """Each group of rows times its expert's weight -> float32 [M, N]; gradients in the dtypes of x and w."""
+    """Each group of rows times its expert's weight -> float32 [M, N]; gradients in the dtypes of x and w.
+
+    ``entry_M``: uint32 [M], which (token, slot) of the batch each row is; None: its place.
+    """
     seed = jnp.uint32(0) if seed is None else seed
-    return _experts(x_MK, w_EKN, group_sizes, seed, precision)
+    entry_M = jnp.arange(len(x_MK), dtype=jnp.uint32) if entry_M is None else entry_M
+    return _experts(x_MK, w_EKN, group_sizes, seed, entry_M, probe, precision)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _experts(x_MK: Array, w_EKN: Array, group_sizes: Array, seed: Array, precision: Precision) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _experts(
+    x_MK: Array,
+    w_EKN: Array,
+    group_sizes: Array,
+    seed: Array,
+    entry_M: Array,
+    probe: Array | None,
+    precision: Precision,
+) -> Array:
+    return _experts_forward(x_MK, w_EKN, group_sizes, precision)[0]
+
+
+def _experts_forward(x_MK: Array, w_EKN: Array, group_sizes: Array, precision: Precision) -> tuple[Array, Array]:
     w = _expert_weights(jnp.swapaxes(w_EKN, 1, 2), precision)
-    return _grouped(x_MK, w, group_sizes, precision, over=precision.cut.rows + precision.cut.inputs)
+    y, x_counts = _grouped(x_MK, w, group_sizes, precision, over=precision.cut.rows + precision.cut.inputs)
+    return y, jnp.stack([x_counts, w.counts])
 
 
 def _experts_fwd(
-    x: Array, w: Array, group_sizes: Array, seed: Array, precision: Precision
-) -> tuple[Array, tuple[Array, ...]]:
-    return _experts(x, w, group_sizes, seed, precision), (x, w, group_sizes, seed)
+    x: Array,
+    w: Array,
+    group_sizes: Array,
+    seed: Array,
+    entry_M: Array,
+    probe: Array | None,
+    precision: Precision,
+) -> tuple[Array, tuple[Any, ...]]:
+    y, counts = _experts_forward(x, w, group_sizes, precision)
+    return y, (x, w, group_sizes, seed, entry_M, None if probe is None else counts)
 
 
-def _experts_bwd(precision: Precision, saved: tuple[Array, ...], dy_MN: Array) -> tuple[Array, Array, None, None]:
-    x_MK, w_EKN, group_sizes, seed = saved
+def _experts_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> tuple[Array | None, ...]:
+    x_MK, w_EKN, group_sizes, seed, entry_M, forward = saved
     experts = len(w_EKN)
-    bits = _bits(precision, seed, DGRAD, dy_MN.shape)
+    bits = _bits(precision, seed, DGRAD, entry_M, dy_MN.shape[1])
     over_x, over_dy = (precision.cut.rows + axes for axes in (precision.cut.inputs, precision.cut.outputs))
-    dx = _grouped(dy_MN, _expert_weights(w_EKN, precision), group_sizes, precision, bits, over=over_dy)
+    weights = _expert_weights(w_EKN, precision)
+    dx, dy_counts = _grouped(dy_MN, weights, group_sizes, precision, bits, over=over_dy)
     place_M, sizes, block_expert, rows = _whole_blocks(group_sizes, len(x_MK), _block(precision))
 
     def padded(z: Array) -> Array:
         return jnp.zeros((rows, z.shape[1]), z.dtype).at[place_M].set(z, mode="drop")
 
-    bits = _bits(precision, seed, WGRAD, dy_MN.shape)
+    bits = _bits(precision, seed, WGRAD, entry_M, dy_MN.shape[1])
     bits = None if bits is None else padded(bits)
     x = quantize_tokens(padded(x_MK), precision, None, block_expert, experts, over_x)
     dy = quantize_tokens(padded(dy_MN), precision, bits, block_expert, experts, over_dy)
     zeros = jnp.zeros(w_EKN.shape, precision.operands)
     _, pull = jax.vjp(lambda w: grouped_matmul(x.values, w, sizes), zeros)
     dw = pull(dy.values)[0].astype(jnp.float32) * (x.scale * dy.scale)[:, None, None]
-    return dx.astype(x_MK.dtype), dw.astype(w_EKN.dtype), None, None
+    probe = _of_probe(forward, [dy_counts, x.counts, dy.counts])
+    return dx.astype(x_MK.dtype), dw.astype(w_EKN.dtype), None, None, None, probe
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
@@ -208,8 +294,8 @@ _experts.defvjp(_experts_fwd, _experts_bwd)
 def _expert_weights(w_ENK: Array, precision: Precision) -> Operand:
     """Each expert quantised along its last axis: values [E, N, K], scale [E]."""
     amax_E = _of_all(floats.absolute_max(w_ENK, axis=(1, 2)), precision.cut.inputs + precision.cut.outputs)
-    values, scale = jax.vmap(lambda w, amax: _weight(w, precision, amax))(w_ENK, amax_E)
-    return Operand(values, scale)
+    values, scale, counts_E = jax.vmap(lambda w, amax: _weight(w, precision, amax))(w_ENK, amax_E)
+    return Operand(values, scale, counts_E.sum(0))
 
 
 def _grouped(
@@ -220,8 +306,8 @@ def _grouped(
     bits: Array | None = None,
     *,
     over: tuple[str, ...],
-) -> Array:
-    """Rows z, quantised along K with an amax of each expert, times w [E, N, K] -> float32 [M, N].
+) -> tuple[Array, Array]:
+    """Rows z, quantised along K with an amax of each expert, times w [E, N, K] -> float32 [M, N]; COUNTS of z.
 
     ``over``: mesh axes over which devices hold other parts of z.
     """
@@ -232,7 +318,7 @@ def _grouped(
     last = len(group_sizes) - 1
     z = quantize_rows(z_MK, precision, bits, amax_E[jnp.minimum(expert_M, last)][:, None])
     product = grouped_matmul(z.values, jnp.swapaxes(w.values, 1, 2), group_sizes).astype(jnp.float32)
-    return product * (z.scale * w.scale[jnp.minimum(expert_M, last)][:, None])
+    return product * (z.scale * w.scale[jnp.minimum(expert_M, last)][:, None]), z.counts
 
 
 def _whole_blocks(group_sizes: Array, rows: int, size: int) -> tuple[Array, Array, Array, int]:
@@ -253,21 +339,23 @@ def _whole_blocks(group_sizes: Array, rows: int, size: int) -> tuple[Array, Arra
     return row + shift[expert], sizes, blocks, total
 
 
-def _bits(precision: Precision, seed: Array, product: int, shape: tuple[int, ...]) -> Array | None:
-    if precision.format != "nvfp4" or not precision.stochastic:
-        return None
-    return random_bytes(seed, product, shape)
+def _places(z_MK: Array) -> Array:
+    """[M]: an array of XLA's, over all devices, holds the tokens in their order."""
+    return jnp.arange(len(z_MK), dtype=jnp.uint32)
 
 
-def random_bytes(seed: Array, stream: int, shape: tuple[int, ...]) -> Array:
-    """uint8 [M, N] that depend on the seed, the stream and the place alone; four of them from one hash."""
-    rows, columns = shape
+def _bits(precision: Precision, seed: Array, product: int, token_M: Array, columns: int) -> Array | None:
+    return random_bytes(seed, product, token_M, columns) if precision.draws else None
+
+
+def random_bytes(seed: Array, stream: int, token_M: Array, columns: int) -> Array:
+    """uint8 [M, N] that depend on seed, stream, token (uint32) and column alone; four of them from one hash."""
     quarter = -(-columns // 4)
-    row = lax.broadcasted_iota(jnp.uint32, (rows, 1), 0)
+    row = token_M[:, None]
     column = lax.broadcasted_iota(jnp.uint32, (1, quarter), 1)
     word = _mix(_mix(_mix(seed.astype(jnp.uint32) + jnp.uint32(stream * 0x9E3779B9 % 2**32)) + row) ^ column)
     parts = [(word >> shift).astype(jnp.uint8) for shift in (0, 8, 16, 24)]
-    return jnp.stack(parts, axis=-1).reshape(rows, 4 * quarter)[:, :columns]
+    return jnp.stack(parts, axis=-1).reshape(len(token_M), 4 * quarter)[:, :columns]
 
 
 def _mix(x: Array) -> Array:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -62,6 +63,11 @@ class Precision:
     hadamard: bool = True
     cut: Cut = WHOLE
 
+    @property
+    def draws(self) -> bool:
+        """Whether random bits are drawn."""
+        return self.format == "nvfp4" and self.stochastic
+
     def __str__(self) -> str:
         if self.format != "nvfp4":
             return self.format or self.operands
@@ -74,8 +80,9 @@ class Precision:
         for name, size in (("inputs", n_in), ("outputs", n_out)):
             if size % multiple:
                 raise ConfigError(
-                    f"{path} has {size} {name}; {self.format} needs a multiple of {multiple}. Change the model's "
-                    f"widths, or exclude it by a rule of the recipe in front of the others: ('{path}', bfloat16)."
+                    f"{path} has {size} {name}; {self.format} needs a multiple of {multiple}. Leave it in bfloat16 by "
+                    f"a rule, --config.precision.exclude='{_every_layer(path)}' (rules are separated by commas), or "
+                    "change the model's widths."
                 )
 
 
@@ -120,6 +127,11 @@ class Recipe:
         }
 
 
+def _every_layer(path: str) -> str:
+    """The rule for the matmuls of one name: ``layers/*/mixer/in_proj``."""
+    return re.sub(r"layers/\d+/", "layers/*/", path)
+
+
 def _layers(names: list[str]) -> str:
     """``layers 0 2 4, mtp``."""
     numbers = [name for name in names if name.isdigit()]
@@ -146,11 +158,14 @@ QUANTIZED = {
 }
 
 
-def recipe(name: str, model: ModelConfig | None = None) -> Recipe:
+def recipe(name: str, model: ModelConfig | None = None, exclude: str = "", *, key: str = "precision.recipe") -> Recipe:
     """A recipe by name; ``auto`` is bfloat16 on GPU and float32 elsewhere (XLA:CPU emulates bfloat16, slowly).
 
     Args:
       model: what the rules of a quantised recipe are made for.
+      exclude: comma-separated globs over paths such as ``layers/3/mixer/in_proj``: what a quantised recipe leaves in
+        bfloat16 beside its own exceptions. The other recipes quantise nothing and have no use for it.
+      key: what asks for the recipe, for messages.
 
     Raises:
       ConfigError: an unknown name, or a quantised recipe without a model.
@@ -161,12 +176,11 @@ def recipe(name: str, model: ModelConfig | None = None) -> Recipe:
         return RECIPES[name]
     if name not in QUANTIZED:
         known = ("auto", *RECIPES, *QUANTIZED)
-        raise ConfigError(
-            f"precision.recipe must be one of {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}"
-        )
+        raise ConfigError(f"{key} must be one of {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
     if model is None:
-        raise ConfigError(f"precision.recipe {name!r} depends on the model: it cannot be had without one.")
-    return Recipe("bfloat16", tuple(_rules(name, model)))
+        raise ConfigError(f"{key} {name!r} depends on the model: it cannot be had without one.")
+    excluded = [(rule, Precision("bfloat16")) for rule in map(str.strip, exclude.split(",")) if rule]
+    return Recipe("bfloat16", (*excluded, *_rules(name, model)))
 
 
 def _rules(name: str, model: ModelConfig) -> Iterable[tuple[str, Precision]]:

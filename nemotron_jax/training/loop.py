@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Run:
         mesh = meshes.make_mesh(config.parallel)
         check_mesh(config, mesh)
         self.setup = TrainSetup(config, mesh)
-        _ = self.setup.trained  # bad path rules are refused before anything is written
+        _ = self.setup.phases, self.setup.trained  # bad path rules are refused before anything is written
         self.tokenizer, self.data = in_turn(self._claim)
         self.token_bytes = _token_bytes(self.tokenizer, config.model.vocab_size)
         self.progress = Progress(config.train.steps, enabled=self.first_process)
@@ -102,8 +102,8 @@ class Run:
         self.state, self.last_saved = self._restore_or_init()
         self.metrics = MetricsLog(workdir, resume_step=self.step, write=self.first_process)
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
-        self.train_step = make_train_step(self.setup)
-        self.validation_step = make_validation_step(self.setup)
+        self.train_steps = [(first, make_train_step(setup)) for first, setup in self.setup.phases]
+        self.validation_steps = [(first, make_validation_step(setup)) for first, setup in self.setup.phases]
         self.stops = AgreedStop()
 
     def _claim(self) -> tuple[Tokenizer | None, TrainData]:
@@ -135,7 +135,7 @@ class Run:
                 waiting = time.perf_counter()
                 batch = next(self.batches)
                 timer = _Timer(timer.step, timer.start, timer.waited + time.perf_counter() - waiting)
-                self.state, metrics = self.train_step(self.state, global_batch(self.setup, batch))
+                self.state, metrics = _at(step, self.train_steps)(self.state, global_batch(self.setup, batch))
                 if int(skipped) >= self.config.train.max_skipped_steps:
                     return self._diverged(step - 1)
                 skipped = metrics["skipped_in_a_row"]
@@ -178,8 +178,9 @@ class Run:
 
     def _validate(self, step: int) -> None:
         sums: dict[str, float] = {}
+        validation_step = _at(step, self.validation_steps)
         for batch in self.data.validation_batches():
-            parts = self.validation_step(self.state, global_batch(self.setup, batch), self.token_bytes)
+            parts = validation_step(self.state, global_batch(self.setup, batch), self.token_bytes)
             for name, value in jax.device_get(parts).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         if not sums:
@@ -313,7 +314,7 @@ class Run:
                     "FLOPs a token": human(self.flops_per_token),
                 },
                 "operations": pallas_kernels.dispatch.describe(),
-                "precision": _precision_table(self.setup),
+                **_precision_tables(self.setup),
             }
         )
 
@@ -407,10 +408,21 @@ def _whole_on_each_device(setup: TrainSetup) -> dict[str, str]:
     return {"whole on each device": "\n".join(lines)} if lines else {}
 
 
-def _precision_table(setup: TrainSetup) -> dict[str, str]:
-    recipe = setup.recipe
-    table = {"residual stream": recipe.activations, "weights, optimizer, router, SSM state": "float32"}
-    return table | recipe.describe(matmul_paths(setup.config.model))
+def _at(step: int, phases: Sequence[tuple[int, Any]]) -> Any:
+    """What belongs to a step, of (first step, what belongs to it and to those after it)."""
+    return next(what for first, what in reversed(phases) if first <= step)
+
+
+def _precision_tables(setup: TrainSetup) -> dict[str, dict[str, str]]:
+    """One for each part of the run."""
+    tables = {}
+    for first, part in setup.phases:
+        title = "precision" if first == 1 else f"precision from step {first:,} on"
+        if first > setup.config.train.steps:
+            title += f" (never: the run has {setup.config.train.steps:,} steps)"
+        table = {"residual stream": part.recipe.activations, "weights, optimizer, router, SSM state": "float32"}
+        tables[title] = table | part.recipe.describe(matmul_paths(setup.config.model))
+    return tables
 
 
 def _shown(path: Path) -> str:

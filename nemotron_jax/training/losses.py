@@ -37,7 +37,13 @@ def totals(batch: Batch, config: ModelConfig) -> Array:
 
 
 def loss_fn(
-    model: Nemotron, batch: Batch, seed: Array, total_weights: Array, share: float, train: TrainConfig
+    model: Nemotron,
+    batch: Batch,
+    seed: Array,
+    total_weights: Array,
+    share: float,
+    train: TrainConfig,
+    probes: dict[str, Array] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Loss of one microbatch as its part of the global batch's loss.
 
@@ -46,13 +52,14 @@ def loss_fn(
       seed: uint32 of this (step, microbatch).
       total_weights: ``totals`` of the global batch.
       share: the microbatch's part of the sequences of the global batch.
+      probes: of Context.
 
     Returns:
       the loss (a scalar that sums over the microbatches to the loss), and metrics that sum in the same way:
       loss, mtp_loss_<k>, load_balance_loss (mean over the main layers) and <layer>/expert_counts.
     """
     config = model.config
-    ctx = Context(segment_ids=batch.segment_ids, positions=batch.positions, seed=seed)
+    ctx = Context(segment_ids=batch.segment_ids, positions=batch.positions, seed=seed, probes=probes)
     hidden_BTD, _, aux = model.hidden(batch.tokens, ctx, remat=train.remat)
     depths, mtp_aux = model.mtp_hidden(hidden_BTD, batch.tokens, ctx, remat=train.remat)
     weights = depth_weights(batch, len(depths))

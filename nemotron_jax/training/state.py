@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,7 +20,14 @@ from jax import Array
 from jax.sharding import Mesh
 
 from nemotron_jax.errors import ConfigError
-from nemotron_jax.model.nemotron import Nemotron, abstract, find_layer_stack, split_model, stacked_graphdef
+from nemotron_jax.model.nemotron import (
+    Nemotron,
+    abstract,
+    find_layer_stack,
+    matmul_paths,
+    split_model,
+    stacked_graphdef,
+)
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.parallel.stack import Stack, stack_arrays, stacked, unstack_to_host, unstacked
 from nemotron_jax.precision.recipe import Recipe, recipe
@@ -50,14 +57,40 @@ class TrainState:
 
 @dataclass(frozen=True)
 class TrainSetup:
-    """The static side of a run: config, mesh, recipe, and what follows from them."""
+    """The static side of a run: config, mesh, recipe, and what follows from them.
+
+    ``before``: the setup of the run's part before this one, which has the same states.
+    """
 
     config: RunConfig
     mesh: Mesh
+    before: TrainSetup | None = None
 
     @cached_property
     def recipe(self) -> Recipe:
-        return recipe(self.config.precision.recipe, self.config.model)
+        precision = self.config.precision
+        return recipe(precision.recipe, self.config.model, precision.exclude)
+
+    @cached_property
+    def phases(self) -> tuple[tuple[int, TrainSetup], ...]:
+        """(first step, setup) of each part of the run: two where ``precision.switch_at`` asks for another recipe.
+
+        They differ in their matmuls alone: a state of one is a state of the other.
+
+        Raises:
+          ConfigError: an unknown recipe, one that does not suit the model, a rule that matches nothing.
+        """
+        precision = self.config.precision
+        phases: tuple[tuple[int, TrainSetup], ...] = ((1, self),)
+        if precision.switch_at:
+            _ = recipe(precision.switch_to, self.config.model, key="precision.switch_to")
+            after = replace(precision, recipe=precision.switch_to, switch_at=0)
+            then = replace(self, config=replace(self.config, precision=after), before=self)
+            phases += ((precision.switch_at + 1, then),)
+        for _, setup in phases:
+            setup.recipe.table(matmul_paths(self.config.model))
+            _ = setup._abstract
+        return phases
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -66,9 +99,10 @@ class TrainSetup:
     @cached_property
     def stack(self) -> Stack | None:
         """The view of the layers in which a TrainState is kept; None: the canonical list."""
-        if not self.config.parallel.stack_layers:
-            return None
-        return find_layer_stack(abstract(self.config.model, self.recipe), lambda path: self.trained(path, None))
+        if self.before is not None or not self.config.parallel.stack_layers:
+            return self.before.stack if self.before else None
+        models = [abstract(self.config.model, setup.recipe) for _, setup in self.phases]
+        return find_layer_stack(models, lambda path: self.trained(path, None))
 
     @cached_property
     def graphdef(self) -> nnx.GraphDef:

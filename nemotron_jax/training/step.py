@@ -22,6 +22,7 @@ from nemotron_jax.parallel.stack import stacked, unstacked
 from nemotron_jax.training.losses import loss_fn, microbatches, totals
 from nemotron_jax.training.optimizer import learning_rate
 from nemotron_jax.training.state import TrainSetup, TrainState
+from nemotron_jax.training.statistics import new_probes, operand_statistics, zero_gradients
 
 Metrics = dict[str, Array]
 
@@ -31,7 +32,8 @@ def make_train_step(setup: TrainSetup) -> Callable[[TrainState, Batch], tuple[Tr
 
     Metrics (float32 scalars unless said): loss, mtp_loss_<k>, load_balance_loss, grad_norm (before clipping),
     learning_rate, skipped_steps and skipped_in_a_row (int32), max_vio (the largest expert load over the mean, of all
-    MoE layers), expert_load [MoE layers, 2] (smallest and largest load over the mean).
+    MoE layers), expert_load [MoE layers, 2] (smallest and largest load over the mean); under a quantised recipe those
+    of training/statistics.py.
     """
     shardings = setup.state_shardings()
     return jax.jit(
@@ -46,7 +48,7 @@ def _train_step(setup: TrainSetup, state: TrainState, batch: Batch) -> tuple[Tra
     config = setup.config
     step_seed = mix_seed(state.buffers["seed"], state.step)
     trained, frozen = setup.split_params(state.params)
-    grads, metrics = _gradients(setup, trained, frozen, state.buffers["model"], batch, step_seed)
+    (grads, counts_of_probes), metrics = _gradients(setup, trained, frozen, state.buffers["model"], batch, step_seed)
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
@@ -70,31 +72,35 @@ def _train_step(setup: TrainSetup, state: TrainState, batch: Batch) -> tuple[Tra
     shown = {name: value for name, value in metrics.items() if name not in counts}
     shown |= {"grad_norm": grad_norm, "learning_rate": rate}
     shown |= {"skipped_steps": skipped[0], "skipped_in_a_row": skipped[1]}
+    if counts_of_probes or config.log.zero_gradients:
+        shown |= operand_statistics(counts_of_probes) | zero_gradients(grads, config.model, setup.stack)
     return new_state, shown | _expert_load(counts)
 
 
 def _gradients(
     setup: TrainSetup, trained: nnx.State, frozen: nnx.State, buffers: nnx.State, batch: Batch, seed: Array
-) -> tuple[nnx.State, Metrics]:
-    """Gradient of the global batch's loss and its metrics, summed over the microbatches in float32."""
+) -> tuple[tuple[nnx.State, dict[str, Array]], Metrics]:
+    """Gradients of the global batch's loss (and of probes) and its metrics, summed over the microbatches in float32."""
     train = setup.config.train
     total_weights = totals(batch, setup.config.model)
 
-    def of(trained: nnx.State, part: Batch, seed: Array) -> tuple[Array, Metrics]:
+    def of(inputs: tuple[nnx.State, dict[str, Array]], part: Batch, seed: Array) -> tuple[Array, Metrics]:
+        trained, probes = inputs
         model = nnx.merge(setup.graphdef, trained, frozen, buffers)
-        return loss_fn(model, part, seed, total_weights, 1 / train.microbatches, train)
+        return loss_fn(model, part, seed, total_weights, 1 / train.microbatches, train, probes or None)
 
+    inputs = (trained, new_probes(setup.recipe, setup.config.model))
     grad = jax.grad(of, has_aux=True)
     if train.microbatches == 1:
-        return grad(trained, batch, mix_seed(seed, 0))
+        return grad(inputs, batch, mix_seed(seed, 0))
 
     def one(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
         number, part = numbered
-        return jax.tree.map(jnp.add, sums, grad(trained, part, mix_seed(seed, number))), None
+        return jax.tree.map(jnp.add, sums, grad(inputs, part, mix_seed(seed, number))), None
 
     parts = microbatches(batch, train.microbatches)
     first = jax.tree.map(lambda rows: rows[0], parts)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), jax.eval_shape(grad, trained, first, seed))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), jax.eval_shape(grad, inputs, first, seed))
     sums, _ = lax.scan(one, zeros, (jnp.arange(train.microbatches), parts))
     return sums
 

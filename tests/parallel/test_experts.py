@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nemotron_jax.parallel import experts
+from nemotron_jax.precision.quantized import random_bytes
 from pallas_kernels import grouped_matmul
 from tests.parallel.conftest import collectives, elements
 
@@ -16,7 +17,7 @@ E, K, L, F = 16, 3, 12, 10
 AXES = (("experts", "latent", "expert_mlp"), ("experts", "expert_mlp", "latent"))
 
 
-def apply(params, rows, sizes, seed):
+def apply(params, rows, sizes, draw):
     up, down = params
     return grouped_matmul(grouped_matmul(rows, up, sizes, activation="relu2"), down, sizes)
 
@@ -118,5 +119,40 @@ def test_weights_cut_by_fsdp_travel_in_the_dtype_of_their_use(eight):
     assert len(re.findall(r"reduce_scatter.*?-> tensor<[\dx]+xf32>", text, re.DOTALL)) == 2
 
 
-def _apply_bfloat16(params, rows, sizes, seed):
-    return apply(params, rows.astype(jnp.bfloat16), sizes, seed).astype(rows.dtype)
+def _apply_bfloat16(params, rows, sizes, draw):
+    return apply(params, rows.astype(jnp.bfloat16), sizes, draw).astype(rows.dtype)
+
+
+@jax.custom_vjp
+def _bytes_as_gradient(rows, draw):
+    return rows
+
+
+_bytes_as_gradient.defvjp(
+    lambda rows, draw: (rows, draw),
+    lambda draw, dy: (random_bytes(draw.seed, 1, draw.entry_M, dy.shape[1]).astype(dy.dtype), None),
+)
+
+
+@pytest.mark.parametrize("axes", [{"expert": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "expert": 2, "context": 2}])
+@pytest.mark.parametrize("name", ["random", "two_devices"])
+def test_random_bits_follow_the_token(name, axes, eight):
+    """The gradient of a token is the sum of the bytes of its rows: the same whichever device sorted and held them."""
+    u, chosen, weights, up, down = operands(name, tokens=16)
+
+    def draw(params, rows, sizes, draw):
+        return rows if draw is None else _bytes_as_gradient(rows, draw)
+
+    @jax.jit
+    def bytes_of(u, chosen):
+        return experts.routed(draw, u, chosen, weights, (up, down), AXES, E, jnp.float32, jnp.uint32(5)).sum()
+
+    gradient = jax.jit(jax.grad(bytes_of))
+    expected = gradient(u, chosen)
+    entries = np.arange(8 * 16 * K, dtype=np.uint32)
+    own = np.asarray(random_bytes(jnp.uint32(5), 1, jnp.asarray(entries), L), np.float32).reshape(8, 16, K, L).sum(2)
+    np.testing.assert_array_equal(expected, own)
+    with jax.set_mesh(eight(**axes)):
+        found = np.asarray(gradient(u, chosen))
+    # Each device of `tensor` adds its part of the gradient, here the whole.
+    np.testing.assert_array_equal(found, axes.get("tensor", 1) * expected)

@@ -5,10 +5,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from nemotron_jax.model.context import Context
+from nemotron_jax.parallel.mesh import make_mesh
 from nemotron_jax.precision.matmul import expert_matmul, matmul
-from nemotron_jax.precision.quantized import DGRAD, WGRAD, random_bytes
+from nemotron_jax.precision.quantized import COUNTS, DGRAD, OPERANDS, WGRAD, new_probe, random_bytes
 from nemotron_jax.precision.recipe import Precision
+from nemotron_jax.run_config import ParallelConfig
 from tests.pallas_kernels import nvfp4_oracle as oracle
 
 RNG = np.random.default_rng(0)
@@ -46,7 +51,7 @@ def test_nvfp4(stochastic, hadamard, weight_block):
     precision = Precision("float32", "nvfp4", weight_block, stochastic, hadamard)
     y, dx, dw = gradients(precision)
     bits = {
-        product: np.asarray(random_bytes(SEED, product, (rows, N))) if stochastic else None
+        product: np.asarray(random_bytes(SEED, product, jnp.arange(rows, dtype=jnp.uint32), N)) if stochastic else None
         for product, rows in ((DGRAD, M), (WGRAD, 48))
     }
     close(y, rounded(X) @ rounded(W.T, weight_block).T)
@@ -172,13 +177,118 @@ def test_stochastic_gradients_are_unbiased():
     assert error < 0.02 < np.linalg.norm(nearest - expected) / np.linalg.norm(expected)
 
 
+def test_random_bits_of_a_row_are_those_of_its_token():
+    """Tokens in another order, so rows in another place of each group: each takes its gradient along."""
+    x, w = jnp.asarray(RNG.normal(size=(55, K)), jnp.float32), jnp.asarray(RNG.normal(size=(5, K, N)), jnp.float32)
+    dy, entry = jnp.asarray(RNG.normal(size=(55, N)), jnp.float32), jnp.asarray(RNG.permutation(900)[:55], jnp.uint32)
+    order = np.concatenate([RNG.permutation(np.arange(e - s, e)) for s, e in zip(SIZES, SIZES.cumsum(), strict=True)])
+    precision = Precision("float32", "nvfp4")
+
+    @jax.jit
+    def dx_of(x, dy, entry):
+        return jax.vjp(lambda x: expert_matmul(x, w, jnp.asarray(SIZES), precision, SEED, entry), x)[1](dy)[0]
+
+    plain = dx_of(x, dy, entry)
+    np.testing.assert_array_equal(dx_of(x[order], dy[order], entry[order]), plain[order])
+    assert (np.asarray(dx_of(x[order], dy[order], entry)) != plain[order]).mean() > 0.5
+
+
+def test_random_bits_of_a_sharded_batch():
+    """[B, T] tokens cut over devices both ways: bit for bit what one device rounds."""
+    x, dy = (jnp.asarray(RNG.normal(size=(8, 16, n)), jnp.float32) for n in (K, N))
+    mesh = make_mesh(ParallelConfig(data=2, fsdp=2, context=2))
+    gradients = jax.jit(lambda x, dy: jax.vjp(lambda x: matmul(x, jnp.asarray(W), _ROUNDED, SEED), x)[1](dy)[0])
+    whole = gradients(x, dy)
+    cut = gradients(*(jax.device_put(z, NamedSharding(mesh, P(("data", "fsdp"), "context"))) for z in (x, dy)))
+    assert not cut.sharding.is_fully_replicated
+    np.testing.assert_array_equal(cut, whole)
+
+
+_ROUNDED = Precision("float32", "nvfp4")
+
+
 def test_random_bytes():
-    found = np.asarray(random_bytes(SEED, 1, (400, 130)))
+    tokens = jnp.arange(400, dtype=jnp.uint32)
+    found = np.asarray(random_bytes(SEED, 1, tokens, 130))
     assert found.dtype == np.uint8 and found.shape == (400, 130)
     counts = np.bincount(found.ravel(), minlength=256)
     assert abs(counts - found.size / 256).max() < 6 * np.sqrt(found.size / 256)
-    assert (np.asarray(random_bytes(SEED, 1, (500, 130)))[:400] == found).all()  # a token's place alone counts
-    for other in (random_bytes(SEED, 2, (400, 130)), random_bytes(SEED + 1, 1, (400, 130)), np.roll(found, 1, axis=0)):
+    assert (np.asarray(random_bytes(SEED, 1, tokens[::-1], 130))[::-1] == found).all()  # a token's number alone counts
+    others = (random_bytes(SEED, 2, tokens, 130), random_bytes(SEED + 1, 1, tokens, 130), np.roll(found, 1, axis=0))
+    for other in others:
         assert abs((np.asarray(other) == found).mean() - 1 / 256) < 0.002
     correlation = np.corrcoef(found[:, :-1].ravel(), found[:, 1:].ravel())[0, 1]
     assert abs(correlation) < 0.02
+
+
+def test_no_two_weights_of_a_layer_draw_the_same_bits():
+    ctx = Context(seed=SEED)
+    names = ("in_proj", "out_proj", "experts", "shared_experts/up_proj", "shared_experts/down_proj", "q_proj", "k_proj")
+    assert len({int(ctx.for_layer(i).of(name)[0]) for name in names for i in range(4)}) == 4 * len(names)
+
+
+def counts_of(function, *arrays):
+    """{operand: {count: number}} of a matmul of (arrays, probe)."""
+    y, pull = jax.vjp(function, *arrays, new_probe())
+    counts = np.asarray(jax.jit(pull)(jnp.asarray(DY[: len(y), : y.shape[1]], y.dtype))[-1])
+    return {name: dict(zip(COUNTS, row, strict=True)) for name, row in zip(OPERANDS, counts, strict=True)}
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_statistics_of_operands(experts):
+    """Against the oracle: what becomes zero and what is cut off, of the elements that are not zero."""
+    x, w = X.copy(), W.copy()
+    x[3, :16] = np.geomspace(1e-9, 1, 16)  # most of them become zero
+    x[:, 40] = 0
+    x[5, 5] = np.inf
+    precision = Precision("float32", "nvfp4", stochastic=False, hadamard=False)
+    if experts:
+        sizes = jnp.asarray([M], jnp.int32)
+        run = lambda x, w, probe: expert_matmul(x, w[None], sizes, precision, probe=probe)  # noqa: E731
+    else:
+        run = lambda x, w, probe: matmul(x, w, precision, probe=probe)  # noqa: E731
+    found = counts_of(run, x, w)
+    assert found["x"]["non_finite"] == found["x_tokens"]["non_finite"] == 1
+    assert found["x"]["non_zero"] == M * (K - 1) - 1
+
+    x[5, 5] = 1
+    found = counts_of(run, x, w)
+    wanted = {"x": (x, rounded(x)), "w": (w.T, rounded(w.T.copy(), "16x16")), "dy": (DY, rounded(DY))}
+    wanted |= {"x_tokens": (x, along_tokens(x, False)[:M]), "dy_tokens": (DY, along_tokens(DY, False)[:M])}
+    for name, (before, after) in wanted.items():
+        flushed = ((before != 0) & (after == 0)).sum()
+        assert found[name]["flushed"] == flushed and found[name]["non_zero"] == (before != 0).sum()
+        assert found[name]["non_finite"] == 0
+    assert found["x"]["flushed"] > 10
+    # Cut off: above the largest value of its block, to which it was rounded.
+    blocks, codes = (np.abs(z).reshape(M, -1, 16) for z in (x, oracle.quantize(x, "1x16")[0] & 7))
+    top = np.abs(rounded(x)).reshape(M, -1, 16)
+    cut = ((codes == 7) & (blocks > top * (1 + 1e-6))).sum()
+    assert found["x"]["saturated"] == cut > 0
+
+
+@pytest.mark.parametrize("format", ["mxfp8", "fp8"])
+def test_statistics_of_eight_bits(format):
+    x = X.copy()
+    x[0, 0], x[0, 1] = 3e4, 1e-9  # beside the first, in its block of 32, the second is nothing
+    found = counts_of(lambda x, w, probe: matmul(x, w, Precision("float32", format), probe=probe), x[:32], W[:, :32])
+    function = {"mxfp8": mxfp8, "fp8": fp8}[format]
+    assert found["x"]["flushed"] == (function(x[:32]) == 0).sum() >= 1
+    assert found["x"]["saturated"] == 0 and found["x"]["non_zero"] == x[:32].size
+
+
+def test_what_is_not_finite():
+    """NaN, and in NVFP4 an infinity, leave no finite element of the product: a step with them is skipped.
+
+    An infinity in an FP8 tensor becomes 448 (pallas_kernels/fp8.py). Both are counted (non_finite).
+    """
+    for bad, format, some_finite in (
+        (np.nan, "nvfp4", False),
+        (np.inf, "nvfp4", False),
+        (np.nan, "fp8", False),
+        (np.inf, "fp8", True),
+    ):
+        x = X.copy()
+        x[2, 3] = bad
+        y = matmul(jnp.asarray(x), jnp.asarray(W), Precision("float32", format, stochastic=False))
+        assert np.isfinite(y).any() == some_finite

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections import Counter
 
 import pytest
@@ -74,9 +75,30 @@ def test_every_recipe_suits_every_model(name, model):
 def test_widths_that_do_not_divide():
     with pytest.raises(ConfigError, match=r"layers/0/mixer/in_proj has 100 outputs; nvfp4 needs a multiple of 16"):
         abstract(dataclasses.replace(TINY, bfloat16_share=0.0), recipe("nvfp4", TINY))
-    with pytest.raises(ConfigError, match=r"a rule of the recipe in front of the others: \('layers/0/mixer/in_proj'"):
+    with pytest.raises(ConfigError, match=r"Leave it in bfloat16 by a rule, --config.precision.exclude"):
         abstract(TINY, recipe("mxfp8", TINY))
     abstract(TINY, recipe("fp8", TINY))
+
+
+def test_the_rule_that_the_error_names_helps():
+    """One rule for all layers of the name: the quickstart's in_proj has 1032 outputs."""
+    config = preset("quickstart")
+    with pytest.raises(ConfigError, match="layers/0/mixer/in_proj has 1032 outputs") as error:
+        abstract(config, recipe("nvfp4", config))
+    rule = re.search(r"--config.precision.exclude='([^']+)'", str(error.value))[1]
+    rules = recipe("nvfp4", config, rule)
+    abstract(config, rules)
+    table = rules.table(matmul_paths(config))
+    assert {table[path].format for path in table if path.endswith("in_proj")} == {""}
+    assert table["layers/1/mixer/experts"].format == "nvfp4"
+    assert recipe("nvfp4", config, "").rules == rules.rules[1:]
+    assert recipe("bfloat16", config, rule) is RECIPES["bfloat16"]
+
+
+def test_an_excluding_rule_that_matches_nothing():
+    config = preset("quickstart")
+    with pytest.raises(ConfigError, match=r"'\*/mixer/in_prj' of the precision recipe matches no matmul"):
+        recipe("nvfp4", config, "*/mixer/in_proj, */mixer/in_prj").table(matmul_paths(config))
 
 
 def test_what_is_said_of_a_recipe():

@@ -10,6 +10,7 @@ from flax import nnx
 
 from nemotron_jax.model.nemotron import abstract
 from nemotron_jax.parallel.mesh import make_mesh
+from nemotron_jax.precision.quantized import OPERANDS
 from nemotron_jax.precision.recipe import QUANTIZED, recipe
 from nemotron_jax.run_config import PrecisionConfig
 from nemotron_jax.training.state import TrainSetup
@@ -36,6 +37,9 @@ def compiled(name, axis):
     return setup, make_train_step(setup)
 
 
+LOGGED = {}  # metrics of the last step
+
+
 def run(name, axis=None):
     """Loss and gradient norm of three steps, and the parameters at the end."""
     setup, step = compiled(name, axis)
@@ -45,6 +49,7 @@ def run(name, axis=None):
         for batch in BATCHES:
             state, metrics = step(state, global_batch(setup, batch))
             found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    LOGGED[name, axis] = jax.device_get(metrics)
     return np.array(found), jax.device_get(state.params)
 
 
@@ -81,6 +86,24 @@ def test_runs_repeat_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, first[1], again[1])
 
 
+def test_statistics_are_logged():
+    """For each kind of weight that is quantised somewhere; nothing of it where nothing is quantised."""
+    losses("nvfp4"), losses("bfloat16")
+    logged = LOGGED["nvfp4", None]
+    quantised = {"in_proj", "out_proj", "experts/up_proj", "experts/down_proj"}
+    quantised |= {f"shared_experts/{name}" for name in ("up_proj", "down_proj")}
+    for name in quantised:
+        assert logged[f"non_finite/{name}"] == 0
+        for operand in OPERANDS:
+            assert 0 <= logged[f"flushed/{name}/{operand}"] < 1 and 0 <= logged[f"saturated/{name}/{operand}"] < 0.1
+        # In a block some elements are much smaller than the largest. MXFP8 keeps these.
+        assert (logged[f"flushed/{name}/x"] > 0.02) == (name != "out_proj")
+    weights = {name.split("/", 1)[1] for name in logged if name.startswith("zero_gradients/")}
+    assert weights == quantised | {"eh_proj", "fc1_latent_proj", "fc2_latent_proj"} | {f"{p}_proj" for p in "qkvo"}
+    assert {name.split("/", 1)[1].rsplit("/", 1)[0] for name in logged if name.startswith("flushed/")} == quantised
+    assert not [name for name in LOGGED["bfloat16", None] if "/" in name]
+
+
 @SLOW
 @pytest.mark.parametrize("axis", ["fsdp", "expert", "tensor"])
 def test_on_a_mesh(axis):
@@ -88,6 +111,11 @@ def test_on_a_mesh(axis):
     found, one = losses("nvfp4", axis)[0], losses("nvfp4")[0]
     np.testing.assert_allclose(found[0], one[0], rtol=1e-2)
     np.testing.assert_allclose(found, one, rtol=0.03)
+    for name, value in LOGGED["nvfp4", None].items():  # counts are summed over the devices
+        if name.startswith("flushed/"):
+            np.testing.assert_allclose(
+                LOGGED["nvfp4", axis][name], value, rtol=0.5, atol=0.02
+            )  # a device has few rows of an expert
 
 
 def test_layers_of_a_kind_share_their_definition():

@@ -1,0 +1,56 @@
+"""NVFP4 pre-training and its ablations at the size of the small published comparisons, for one H200.
+
+A hybrid MoE shaped like Super (latent experts, 8 of 64 a token; 44 M active parameters without embeddings) for 200M
+tokens on the Python sources of the packages that are installed beside it. How many unique tokens that is depends on
+the machine: the start-up table says ("data"), and tokens of the run over unique tokens are the epochs. A run that is
+stopped goes on from its checkpoint by the same command.
+
+Command:  python configs/ablations/compare.py --config=configs/ablations/nvfp4_h200.py --workdir=runs/nvfp4_h200
+          --recipes=bfloat16,nvfp4 --seeds=0,1
+          and again with --recipes=bfloat16,nvfp4,nvfp4-no-sr,nvfp4-no-rht,nvfp4-1d-weights,nvfp4-all-layers
+Hardware: one H200
+Time:     not run yet
+Result:   not run yet. The report on NVFP4 (arXiv 2512.20856, 2.4) gives a gap below 1 % at Nano's scale, and about 3
+          times the zero gradients of bfloat16 (Super report, 2.2)
+"""
+
+import sysconfig
+
+from ml_collections import ConfigDict
+
+from nemotron_jax.cli import base_config
+
+
+def get_config() -> ConfigDict:
+    config = base_config()
+    config.model.preset = "tiny-super"
+    config.model.pattern = "MEMEM*EMEMEM*EME"  # of 16 layers the last 3 stay in bfloat16
+    config.model.hidden_size = 512
+    config.model.vocab_size = 16384
+    config.model.mtp.depth = 0
+    config.model.mamba.num_heads = 16  # in_proj: 4,112 outputs, a multiple of 16
+    config.model.mamba.head_dim = 64
+    config.model.attention.num_heads = 8
+    config.model.moe.num_experts = 64
+    config.model.moe.top_k = 8
+    config.model.moe.latent_size = 256
+    config.model.moe.intermediate_size = 512
+    config.model.moe.shared_intermediate_size = 1024
+
+    config.data.files = f"{sysconfig.get_path('purelib')}/**/*.py"
+    config.data.tokenizer = "bpe:16384"
+    config.data.seq_len = 1024
+
+    config.train.steps = 3052  # 200M tokens
+    config.train.global_batch_size = 64
+    config.train.remat = "none"
+    config.train.validate_every = 500
+
+    config.optimizer.peak_lr = 1e-3
+    config.optimizer.min_lr = 1e-5
+    config.optimizer.warmup_steps = 100
+    config.optimizer.decay_steps = 600
+
+    config.checkpoint.every = 250
+    config.log.zero_gradients = True
+    return config

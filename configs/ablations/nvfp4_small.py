@@ -1,0 +1,49 @@
+"""NVFP4 pre-training and its ablations, small enough for two CPU cores: each part of the recipe left out once.
+
+A hybrid MoE with every block kind of Super (1.3 M parameters) on the sources of Python's standard library: 300 steps
+of 1,024 tokens, so each of the 307k tokens is seen once. The runs differ in nothing but the recipe: same data order,
+same initial values.
+
+Command:  python configs/ablations/compare.py --config=configs/ablations/nvfp4_small.py --workdir=runs/nvfp4_small
+Hardware: two CPU cores
+Time:     RESULT_TIME
+Result:   RESULT
+"""
+
+from ml_collections import ConfigDict
+
+from nemotron_jax.cli import base_config
+
+
+def get_config() -> ConfigDict:
+    config = base_config()
+    config.model.preset = "quickstart"
+    config.model.pattern = "ME*ME"
+    config.model.hidden_size = 128
+    config.model.vocab_size = 2048
+    config.model.mtp.depth = 0
+    config.model.mamba.num_heads = 16  # widths that divide by 16 (in_proj: 640) and, for out_proj, by 32
+    config.model.mamba.head_dim = 8
+    config.model.moe.latent_size = 64
+    config.model.moe.intermediate_size = 128
+    config.model.moe.shared_intermediate_size = 256
+
+    config.data.files = "stdlib"
+    config.data.tokenizer = "bpe:2048"
+    config.data.seq_len = 256
+    config.data.validation_fraction = 0.05
+
+    config.train.steps = 300
+    config.train.global_batch_size = 4
+    config.train.remat = "none"
+    config.train.validate_every = 300
+
+    config.optimizer.peak_lr = 3e-3
+    config.optimizer.min_lr = 3e-5
+    config.optimizer.warmup_steps = 20
+    config.optimizer.decay_steps = 60
+
+    config.checkpoint.every = 100
+    config.log.every = 1
+    config.log.zero_gradients = True
+    return config

@@ -1,0 +1,63 @@
+"""configs/ablations: configs of runs that differ in their recipe alone, and the script that compares them."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from nemotron_jax.cli import parse_train_flags
+from nemotron_jax.model.counts import count_parameters
+from nemotron_jax.model.nemotron import abstract, matmul_paths
+from nemotron_jax.precision.recipe import recipe
+
+FOLDER = Path(__file__).parents[1] / "configs/ablations"
+CONFIGS = sorted(FOLDER.glob("nvfp4_*.py"))
+
+specification = importlib.util.spec_from_file_location("compare", FOLDER / "compare.py")
+compare = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(compare)
+
+
+def parse(file, *flags):
+    return parse_train_flags([f"--config={file}", "--workdir=runs/x", *flags])[0]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("name", compare.RECIPES)
+def test_every_recipe_suits_the_model(file, name):
+    config = parse(file, f"--config.precision.recipe={name}")
+    rules = recipe(name, config.model, config.precision.exclude)
+    formats = {precision.format for precision in rules.table(matmul_paths(config.model)).values()}
+    abstract(config.model, rules)
+    assert ("nvfp4" in formats) == ("nvfp4" in name)
+    assert config.log.zero_gradients and config.optimizer.warmup_steps < config.train.steps
+
+
+def test_the_large_one_is_large_enough():
+    config = parse(FOLDER / "nvfp4_h200.py")
+    counts = count_parameters(config.model)
+    embeddings = 2 * config.model.vocab_size * config.model.hidden_size
+    assert counts["active"] - embeddings > 30e6
+    assert config.train.steps * config.train.global_batch_size * config.data.seq_len >= 200e6
+    assert set(config.model.pattern) == set("ME*")
+
+
+def rows(loss, zeros, steps=100):
+    return [{"step": s, "loss": loss + (s <= 90), "zero_gradients/in_proj": zeros} for s in range(1, steps + 1)] + [
+        {"step": steps, "validation_loss": loss + 0.5}
+    ]
+
+
+def test_the_table(tmp_path):
+    """Only the last 10 % of the steps count, and each seed is compared with its own."""
+    runs = {
+        "bfloat16": {0: rows(2.0, 0.01), 1: rows(4.0, 0.01)},
+        "nvfp4": {0: rows(2.1, 0.03), 1: rows(4.0, 0.03)},
+    }
+    table = compare.summary(runs)
+    assert [row["relative_gap"] for row in table] == pytest.approx([0, 0, 0.05, 0])
+    assert [row["loss"] for row in table] == pytest.approx([2, 4, 2.1, 4])
+    assert table[2]["zero_gradients"] == {"in_proj": pytest.approx(0.03)} and table[2]["validation_loss"] == 2.6
+    assert "| nvfp4 | 0 | 2.1000 | +5.00% | 2.6000 | 3.00% |" in compare.markdown(table)
+    compare.plot(runs, tmp_path / "gaps.png")
+    assert (tmp_path / "gaps.png").stat().st_size > 1000
