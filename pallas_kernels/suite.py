@@ -21,6 +21,7 @@ from pallas_kernels.cost import Cost
 _ssd = importlib.import_module("pallas_kernels.ssd")
 _conv = importlib.import_module("pallas_kernels.causal_conv1d")
 _grouped = importlib.import_module("pallas_kernels.grouped_matmul")
+_mlp = importlib.import_module("pallas_kernels.grouped_mlp")
 _attention = importlib.import_module("pallas_kernels.attention")
 _permute = importlib.import_module("pallas_kernels.permute")
 
@@ -89,6 +90,14 @@ SUITE = {
         _grouped.cost,
         peers={"dense": _dense_matmul},
         truth="blocked",  # ragged_dot expands to the rows times the groups on GPUs
+    ),
+    "grouped_mlp": Op(
+        _mlp.grouped_mlp,
+        _mlp.CASES,
+        _mlp.BENCHMARKS,
+        _mlp.example_inputs,
+        _mlp.cost,
+        truth="blocked",
     ),
     "attention": Op(
         _attention.attention,

@@ -29,6 +29,8 @@ from nemotron_jax.parallel.local import per_device
 from nemotron_jax.precision.float32 import float32_matmul
 from nemotron_jax.precision.matmul import expert_matmul
 from nemotron_jax.precision.recipe import Precision
+from pallas_kernels import grouped_mlp
+from pallas_kernels.packed import Packed
 
 
 class Router(nnx.Module):
@@ -114,6 +116,10 @@ class Experts(nnx.Module):
 def _apply(precision: Precision, params: Any, rows: Array, group_sizes: Array, seed: Array | None) -> Array:
     """Rows [M, L] sorted by expert, group_sizes [E] -> [M, L] in the dtype of the rows."""
     up_ELF, down_EFL = params
+    if not precision.format and not any(isinstance(w, Packed) for w in params):
+        dtype = jnp.dtype(precision.operands)
+        mlp = grouped_mlp(rows.astype(dtype), up_ELF.astype(dtype), down_EFL.astype(dtype), group_sizes)
+        return mlp.astype(rows.dtype)
     hidden = expert_matmul(rows, up_ELF, group_sizes, precision, seed, activation="relu2")
     return expert_matmul(hidden, down_EFL, group_sizes, precision, seed).astype(rows.dtype)
 
