@@ -9,6 +9,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_mlp import grouped_mlp
 from pallas_kernels.permute import permute, unpermute
 from pallas_kernels.ssd import ssd
+from pallas_kernels.take_rows import take_rows
 
 __all__ = [
     "attention",
@@ -18,5 +19,6 @@ __all__ = [
     "grouped_mlp",
     "permute",
     "ssd",
+    "take_rows",
     "unpermute",
 ]

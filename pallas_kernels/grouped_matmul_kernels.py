@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.mosaic import WGMMA, Interpret, kernel_call
 from pallas_kernels.mosaic import tiles as swizzled
@@ -173,11 +174,11 @@ def _multiply_tiles(ring, tiles, columns, outputs, steps_of, work_of):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _next_buffer(column, columns):
-    """The buffer for the block at `column` of a tile, once its last store has left it: buffers take turns."""
+def _next_buffer(block, columns):
+    """The buffer for a tile's block of this number, once its last store has left it: buffers take turns."""
     buffers = _out_buffers(columns)
-    plgpu.wait_smem_to_gmem(0 if column == 0 else buffers - 1, wait_read_only=True)
-    return column // 64 % buffers
+    plgpu.wait_smem_to_gmem(0 if block == 0 else buffers - 1, wait_read_only=True)
+    return block % buffers
 
 
 def multiply_rows(
@@ -279,7 +280,7 @@ def multiply_rows(
                     block = acc[:, c : c + 64]
                     if slope_hbm:
                         block = block * slope(step + c // 64)
-                    buffer = warpgroup * _out_buffers(columns) + _next_buffer(c, columns)
+                    buffer = warpgroup * _out_buffers(columns) + _next_buffer(c // 64, columns)
                     out_smem[buffer] = block.astype(out_hbm.dtype)
                     plgpu.commit_smem()
                     _store_rows(out_by_row.at[buffer], out_hbm.at[:, pl.ds(column + c, 64)], first, size)
@@ -325,16 +326,24 @@ def _store_rows(block_smem, out_hbm, row, count):
 
 
 def outer_products(
-    lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, columns: int, *, interpret: Interpret = None
+    lhs: jax.Array,
+    d_out: jax.Array,
+    tiles: RowTiles,
+    columns: int,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    interpret: Interpret = None,
 ) -> jax.Array:
-    """lhs [M, K], d_out [M, N] -> [E, K, N]: per group lhs^T d_out, zero for empty groups, bfloat16.
+    """lhs [M, K], d_out [M, N] -> [E, K, N]: per group lhs^T d_out, zero for empty groups.
 
-    M is a multiple of 8, K and N of 64. Rows past the last group may hold anything.
+    dtype: of the result, bfloat16 or float32. M is a multiple of 8, K and N of 64. Rows past the last group may hold
+    anything.
     """
     inputs, outputs = lhs.shape[1], d_out.shape[1]
     groups = tiles.starts.shape[0] - 1
     column_tiles = pl.cdiv(outputs, columns)
     per_group = pl.cdiv(inputs, TILE_ROWS) * column_tiles
+    width = 128 // jnp.dtype(dtype).itemsize  # columns of a block that is stored: those of a swizzle atom
 
     def body(starts, lhs_hbm, d_out_hbm, out_hbm, lhs_smem, d_out_smem, out_smem, full, free, masked):
         warpgroup = lax.axis_index("wg")
@@ -394,15 +403,15 @@ def outer_products(
                 plgpu.wgmma(acc, left.transpose((1, 0)), right.at[:, pl.ds(0, acc.shape[1])])
 
             def store(acc, _):
-                for c in range(0, acc.shape[1], 64):
-                    buffer = _next_buffer(c, columns)
+                for c in range(0, acc.shape[1], width):
+                    buffer = _next_buffer(c // width, columns)
 
                     @pl.when(row < inputs)
                     def _(c=c, buffer=buffer):
                         block = out_smem.at[warpgroup, buffer]
-                        block[...] = acc[:, c : c + 64].astype(out_hbm.dtype)
+                        block[...] = acc[:, c : c + width].astype(out_hbm.dtype)
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(block, out_hbm.at[group, pl.ds(row, 64), pl.ds(column + c, 64)])
+                        plgpu.copy_smem_to_gmem(block, out_hbm.at[group, pl.ds(row, 64), pl.ds(column + c, width)])
 
             # The two warpgroups meet where d_out is masked: there, neither may pass by.
             meets = first + steps_of(i) * STEP > starts[groups]
@@ -414,11 +423,11 @@ def outer_products(
     scratch = [
         swizzled(STAGES, STEP, TILE_ROWS),
         swizzled(STAGES, STEP, columns),
-        swizzled(2, _out_buffers(columns), 64, 64),
+        swizzled(2, _out_buffers(columns), 64, width, dtype=dtype),
         *_BARRIERS,
         plgpu.Barrier(num_arrivals=2),
     ]
-    out = jax.ShapeDtypeStruct((groups, inputs, outputs), d_out.dtype)
+    out = jax.ShapeDtypeStruct((groups, inputs, outputs), dtype)
     return _launch(body, out, scratch, interpret, tiles.starts, lhs, d_out)
 
 

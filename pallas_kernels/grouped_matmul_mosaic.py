@@ -70,7 +70,7 @@ def _backward(activation, interpret, residuals, d_out):
         d_out = (d_out.astype(jnp.float32) * 2 * jnp.sqrt(out.astype(jnp.float32))).astype(lhs.dtype)
     tiles = row_tiles(group_sizes, lhs.shape[0])
     d_lhs = multiply_rows(d_out, rhs, tiles, tile_columns(inputs), transposed=True, interpret=interpret)
-    lhs, d_out = _whole_atoms(lhs), _whole_atoms(d_out)
+    lhs, d_out = whole_atoms(lhs), whole_atoms(d_out)
     return d_lhs, outer_products(lhs, d_out, tiles, tile_columns(outputs), interpret=interpret), None
 
 
@@ -104,7 +104,7 @@ def _mlp_backward(interpret, residuals, d_out):
     d_product = rows_times(d_out, down, columns=tile_columns(hidden_width), slope_at=hidden)
     d_x = rows_times(d_product, up, columns=tile_columns(width))
     sums = functools.partial(outer_products, tiles=tiles, interpret=interpret)
-    x, hidden, d_product, d_out = (_whole_atoms(z) for z in (x, hidden, d_product, d_out))
+    x, hidden, d_product, d_out = (whole_atoms(z) for z in (x, hidden, d_product, d_out))
     d_up = sums(x, d_product, columns=tile_columns(hidden_width))
     return d_x, d_up, sums(hidden, d_out, columns=tile_columns(width)), None
 
@@ -112,7 +112,7 @@ def _mlp_backward(interpret, residuals, d_out):
 grouped_mlp_mosaic.defvjp(_mlp_forward, _mlp_backward)
 
 
-def _whole_atoms(z):
+def whole_atoms(z: jax.Array) -> jax.Array:
     """Rows up to a multiple of 8: a copy, but of few rows, or of none where a batch is even."""
     return jnp.pad(z, ((0, -z.shape[0] % ALIGN), (0, 0))) if z.shape[0] % ALIGN else z
 

@@ -23,6 +23,7 @@ _conv = importlib.import_module("pallas_kernels.causal_conv1d")
 _grouped = importlib.import_module("pallas_kernels.grouped_matmul")
 _mlp = importlib.import_module("pallas_kernels.grouped_mlp")
 _attention = importlib.import_module("pallas_kernels.attention")
+_take_rows = importlib.import_module("pallas_kernels.take_rows")
 _permute = importlib.import_module("pallas_kernels.permute")
 
 
@@ -113,6 +114,13 @@ SUITE = {
         _attention.decode_example_inputs,
         _attention.decode_cost,
         backward=False,
+    ),
+    "take_rows": Op(
+        _take_rows.take_rows,
+        _take_rows.CASES,
+        _take_rows.BENCHMARKS,
+        _take_rows.example_inputs,
+        _take_rows.cost,
     ),
     "permute": Op(
         _permute.permute,

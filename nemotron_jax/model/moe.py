@@ -60,7 +60,9 @@ def _choose(moe: MoEConfig, scores_BTE: Array, bias: Array) -> tuple[Array, Arra
     if moe.num_groups > 1:
         choice_BTE = _only_best_groups(choice_BTE, moe)
     experts_BTK = lax.top_k(choice_BTE, moe.top_k)[1]
-    weights_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
+    # The experts of a token differ, so the gradient needs no atomics; they have to be told.
+    batch, time, _ = jnp.ogrid[tuple(map(slice, experts_BTK.shape))]
+    weights_BTK = scores_BTE.at[batch, time, experts_BTK].get(unique_indices=True, mode="promise_in_bounds")
     if moe.normalize_weights:
         weights_BTK = weights_BTK / (weights_BTK.sum(-1, keepdims=True) + 1e-20)
     return experts_BTK, weights_BTK * moe.scaling_factor

@@ -19,6 +19,7 @@ SIGNATURES = {
     "grouped_mlp": "(x, up, down, group_sizes, *, impl=None)",
     "attention": "(q, k, v, *, causal=True, scale=None, segment_ids=None, kv_segment_ids=None, impl=None)",
     "decode_attention": "(q, k_cache, v_cache, lengths, *, page_table=None, scale=None, impl=None)",
+    "take_rows": "(table, ids, *, dtype=None, impl=None)",
     "permute": "(x, expert_ids, num_experts, *, impl=None)",
     "unpermute": "(rows, row_map, weights, *, impl=None)",
 }

@@ -23,6 +23,7 @@ BENCHMARKS = {
     "grouped_mlp": ("nano", "super"),
     "attention": ("nano", "nano_packed"),
     "decode_attention": ("nano_32x8k", "nano_32x8k_paged"),
+    "take_rows": ("nano", "nano_skewed"),
     "permute": ("nano", "super"),
     "unpermute": ("nano", "super"),
 }
