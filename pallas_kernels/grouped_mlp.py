@@ -79,7 +79,8 @@ class Case(NamedTuple):
 CASES = (
     Case("one_group", 13, 8, 6, (13,)),
     Case("uneven", 200, 12, 10, (3, 130, 1, 66)),
-    Case("empty_groups_and_rows_past_the_sum", 150, 12, 10, (0, 70, 0, 0, 60, 0)),
+    Case("tiles", 300, 128, 192, (5, 0, 130, 150)),  # sizes that the Hopper kernels take
+    Case("empty_groups_rows_past", 150, 12, 10, (0, 70, 0, 0, 60, 0)),
 )
 
 
