@@ -29,7 +29,7 @@ from nemotron_jax.parallel.local import per_device
 from nemotron_jax.parallel.mesh import shards
 from nemotron_jax.precision.matmul import matmul
 from pallas_kernels import causal_conv1d, ssd
-from pallas_kernels.causal_conv1d import final_state
+from pallas_kernels.causal_conv1d import convolve_channels, final_state
 from pallas_kernels.packed import side_by_side
 from pallas_kernels.ssd import ssd_step
 
@@ -53,14 +53,15 @@ class InProj(nnx.Module):
         self.dt = leaf("dt", config.num_heads, "heads")
         self.precision = scope.precision(n_in, 2 * config.inner_size + 2 * group_channels + config.num_heads)
 
-    def __call__(self, h: Array, seed: Array | None) -> list[Array]:
+    def __call__(self, h: Array, seed: Array | None) -> tuple[list[Array], Array | None]:
+        """z, x, B, C and dt; and the product that holds all of them, where there is one and a device has it whole."""
         leaves = [self.z[...], self.x[...], self.B[...], self.C[...], self.dt[...]]
         # The leaves of a quantised projection are the one tensor they are on disk, whose blocks share an amax.
         if shards("heads") > 1 and not self.precision.format:
-            return [matmul(h, leaf, self.precision, seed) for leaf in leaves]
+            return [matmul(h, leaf, self.precision, seed) for leaf in leaves], None
         fused = matmul(h, side_by_side(leaves), self.precision, seed)
         borders = [sum(leaf.shape[1] for leaf in leaves[: i + 1]) for i in range(len(leaves) - 1)]
-        return jnp.split(fused, borders, axis=-1)
+        return jnp.split(fused, borders, axis=-1), fused if shards("heads") == 1 else None
 
 
 class Conv1d(nnx.Module):
@@ -116,6 +117,26 @@ class Conv1d(nnx.Module):
         )
         biases = [self.bias[kind] for kind in kinds]
         return run(segment_ids, *inputs, *(w[...] for w in weights), *(b[...] for b in biases), *states)
+
+    def of_projected(self, projected: Array, first: int, segment_ids: Array | None) -> list[Array]:
+        """The same without a state, of the channels from `first` on: x, B and C need not be copied out for it."""
+        kinds = "xBC"
+
+        def convolve(segment_ids: Array | None, projected: Array, *operands: Array) -> list[Array]:
+            outputs, begin = [], first
+            for weight, bias in zip(operands[:3], operands[3:], strict=True):
+                outputs.append(convolve_channels(projected, begin, weight, bias, segment_ids=segment_ids))
+                begin += weight.shape[0]
+            return outputs
+
+        over_time = ("batch", "time", None)
+        run = per_device(
+            convolve,
+            [("batch", "time"), over_time, *((None, None),) * 3, *((None,),) * 3],
+            [over_time] * 3,
+            whole=("time",),
+        )
+        return run(segment_ids, projected, *(self.weight[k][...] for k in kinds), *(self.bias[k][...] for k in kinds))
 
 
 class GatedNorm(nnx.Module):
@@ -217,9 +238,12 @@ class Mamba2(nnx.Module):
         """h [B, T, D] -> (y [B, T, D], new state, {})."""
         config = self.config
         batch, time = h_BTD.shape[:2]
-        z, *conv_inputs, dt = self.in_proj(h_BTD, ctx.seed)
+        (z, *conv_inputs, dt), projected = self.in_proj(h_BTD, ctx.seed)
         rows = None if state is None else take_rows(state, ctx.slots)
-        x, B, C = self.conv1d(conv_inputs, None if rows is None else rows.conv_BKW, ctx.segment_ids)
+        if rows is None and projected is not None and not in_parts(time):
+            x, B, C = self.conv1d.of_projected(projected, z.shape[-1], ctx.segment_ids)
+        else:
+            x, B, C = self.conv1d(conv_inputs, None if rows is None else rows.conv_BKW, ctx.segment_ids)
         x_BTHP = x.reshape(batch, time, config.num_heads, config.head_dim)
         B_BTGN = B.reshape(batch, time, config.num_groups, config.state_size)
         C_BTGN = C.reshape(batch, time, config.num_groups, config.state_size)
