@@ -48,9 +48,10 @@ def take_rows(
     """
     require_shape("take_rows", "table", table, "[V, D]", (None, None))
     require_shape("take_rows", "ids", ids, "[M]", (None,))
-    dtype = jnp.dtype(dtype or table.dtype)
+    table, ids = jnp.asarray(table), jnp.asarray(ids, jnp.int32)
+    dtype = jnp.dtype(table.dtype if dtype is None else dtype)
     chosen = choose("take_rows", impl, unfit={"mosaic": _unfit(table, ids, dtype)})
-    return _IMPLEMENTATIONS[chosen](table, ids.astype(jnp.int32), dtype)
+    return _IMPLEMENTATIONS[chosen](table, ids, dtype)
 
 
 def _unfit(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> str:
