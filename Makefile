@@ -1,10 +1,11 @@
 PY := .venv/bin/python
 WORKDIR ?= runs/quickstart
+FOLDER ?= runs/measured
 ARGS ?=
 # A file's tests stay in one process, so that they share what they compile.
 PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: help setup train test test-all compile-gpu lint format clean
+.PHONY: help setup train test test-all compile-gpu measure-gpu lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +24,9 @@ test-all: lint compile-gpu ## lint, compile-gpu and every test that needs no GPU
 
 compile-gpu: setup ## compile the operations for GPUs, without one; ARGS="ssd --target=h200" can be set
 	@bash .ci/compile-gpu.sh $(ARGS)
+
+measure-gpu: setup ## on a Hopper GPU: the rows of BENCHMARKS.md; ARGS="slice grouped" picks parts, FOLDER=runs/measured
+	@bash .ci/measure-gpu.sh "$(FOLDER)" $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(PY) -m ruff check .

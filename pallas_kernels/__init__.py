@@ -6,15 +6,19 @@ The public functions take ``impl=None``: `dispatch.choose` picks the implementat
 from pallas_kernels.attention import attention, decode_attention
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_mlp import grouped_mlp
 from pallas_kernels.permute import permute, unpermute
 from pallas_kernels.ssd import ssd
+from pallas_kernels.take_rows import take_rows
 
 __all__ = [
     "attention",
     "causal_conv1d",
     "decode_attention",
     "grouped_matmul",
+    "grouped_mlp",
     "permute",
     "ssd",
+    "take_rows",
     "unpermute",
 ]

@@ -117,21 +117,38 @@ def causal_conv1d_reference(
 def _mosaic(x_BTC, w, bias, state_BKC, run, *, activation):
     if x_BTC.shape[1] < FEWEST_TOKENS:
         return causal_conv1d_reference(x_BTC, w, bias, state_BKC, run, activation=activation)
-    return _kernels(activation == "silu", x_BTC, w, bias, state_BKC, run)
+    return _kernels(activation == "silu", 0, x_BTC, w, bias, state_BKC, run)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kernels(silu, x_BTC, w, bias, state_BKC, run):
-    return causal_conv1d_mosaic.forward(x_BTC, w, bias, state_BKC, run, silu=silu)
+def convolve_channels(
+    x: jax.Array, first: int, w: jax.Array, bias: jax.Array, *, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """`causal_conv1d` with SiLU of the channels first .. first + C - 1 of x [B, T, W]: [B, T, C].
+
+    The same as of x[:, :, first : first + C], which the kernels need not copy first.
+    """
+    own = x[:, :, first : first + w.shape[0]]
+    run = None if segment_ids is None else run_ids(segment_ids)
+    chosen = choose("causal_conv1d", unfit={"mosaic": causal_conv1d_mosaic.unfit(own, w)})
+    if chosen == "mosaic" and x.shape[1] >= FEWEST_TOKENS:
+        return _kernels(True, first, x, w, bias, None, run)
+    return _IMPLEMENTATIONS[chosen](own, w, bias, None, run, activation="silu")
 
 
-def _forward(silu, *operands):
-    return _kernels(silu, *operands), operands  # the pre-activation is computed again
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kernels(silu, first, x_BTC, w, bias, state_BKC, run):
+    return causal_conv1d_mosaic.forward(x_BTC, w, bias, state_BKC, run, silu=silu, first=first)
 
 
-def _backward(silu, operands, dy_BTC):
+def _forward(silu, first, *operands):
+    return _kernels(silu, first, *operands), operands  # the pre-activation is computed again
+
+
+def _backward(silu, first, operands, dy_BTC):
     x_BTC, w, bias, state_BKC, run = operands
-    dx_BTC, *rest = causal_conv1d_mosaic.backward(x_BTC, w, bias, state_BKC, run, dy_BTC, silu=silu)
+    dx_BTC, *rest = causal_conv1d_mosaic.backward(x_BTC, w, bias, state_BKC, run, dy_BTC, silu=silu, first=first)
+    others = first, x_BTC.shape[2] - first - w.shape[0]
+    dx_BTC = jnp.pad(dx_BTC, ((0, 0), (0, 0), others))  # fused with the gradients of the channels beside these
     grads = (None if z is None else dz.astype(z.dtype) for z, dz in zip((w, bias, state_BKC), rest, strict=True))
     return dx_BTC, *grads, None
 

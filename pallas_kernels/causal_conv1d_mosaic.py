@@ -53,13 +53,17 @@ def forward(
     run: jax.Array | None,
     *,
     silu: bool,
+    first: int = 0,
     chunk: int = CHUNK,
     interpret: Interpret = None,
 ) -> jax.Array:
-    """y [B, T, C]; arguments as of `causal_conv1d_reference`. silu: whether there is a SiLU."""
+    """y [B, T, C]; arguments as of `causal_conv1d_reference`. silu: whether there is a SiLU.
+
+    first: where the C channels begin in x, which may have others beside them.
+    """
     batch, time, _ = x_BTC.shape
     x_BTC, run = _whole_groups(x_BTC, run)
-    call = _call(_forward_body, x_BTC, w, bias, state_BKC, run, silu, chunk, interpret)
+    call = _call(_forward_body, x_BTC, w, bias, state_BKC, run, silu, first, chunk, interpret)
     out = jax.ShapeDtypeStruct((batch, x_BTC.shape[1], w.shape[0]), x_BTC.dtype)
     return call([out], [])[0][:, :time]
 
@@ -73,19 +77,20 @@ def backward(
     dy_BTC: jax.Array,
     *,
     silu: bool,
+    first: int = 0,
     chunk: int = CHUNK,
     interpret: Interpret = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients (dx [B, T, C] in x's dtype, dw [C, K], dbias [C], dstate [B, K-1, C], all three float32).
 
-    Arguments as of `forward`; dy [B, T, C] is the cotangent of y.
+    Arguments as of `forward`, dx that of the C channels alone; dy [B, T, C] is the cotangent of y.
     """
     batch, time, _ = x_BTC.shape
     channels, taps = w.shape
     x_BTC, run = _whole_groups(x_BTC, run)
     dy_BTC = jnp.pad(dy_BTC.astype(x_BTC.dtype), ((0, 0), (0, -time % GROUP), (0, 0)))  # zeros add nothing
     padded = x_BTC.shape[1]
-    call = _call(_backward_body, x_BTC, w, bias, state_BKC, run, silu, chunk, interpret)
+    call = _call(_backward_body, x_BTC, w, bias, state_BKC, run, silu, first, chunk, interpret)
     out = [
         jax.ShapeDtypeStruct((batch, padded, channels), x_BTC.dtype),
         jax.ShapeDtypeStruct((batch, -(-padded // chunk), taps + 1, channels), jnp.float32),
@@ -104,7 +109,7 @@ def _whole_groups(x_BTC, run):
     return jnp.pad(x_BTC, ((0, 0), (0, tail), (0, 0))), run
 
 
-def _call(body, x_BTC, w, bias, state_BKC, run, silu, chunk, interpret):
+def _call(body, x_BTC, w, bias, state_BKC, run, silu, first, chunk, interpret):
     """A function (types of the results, further operands) -> results."""
     time, taps = x_BTC.shape[1], w.shape[1]
     optional = {
@@ -115,7 +120,7 @@ def _call(body, x_BTC, w, bias, state_BKC, run, silu, chunk, interpret):
     given = tuple(name for name, value in optional.items() if value is not None)
 
     def call(out_type, further):
-        kernel = _kernel(body, tuple(out_type), len(further), given, time, taps, silu, chunk, interpret)
+        kernel = _kernel(body, tuple(out_type), len(further), given, time, taps, silu, first, chunk, interpret)
         operands = [x_BTC, w.astype(jnp.float32).T, *further, *(optional[name] for name in given)]
         return kernel(*operands)
 
@@ -123,12 +128,12 @@ def _call(body, x_BTC, w, bias, state_BKC, run, silu, chunk, interpret):
 
 
 @functools.lru_cache
-def _kernel(body, out_type, further, given, time, taps, silu, chunk, interpret):
+def _kernel(body, out_type, further, given, time, taps, silu, first, chunk, interpret):
     batch, _, channels = out_type[0].shape
 
     def entry(x_g, w_g, *refs):
         operands, optional, results = refs[:further], refs[further:][: len(given)], refs[further + len(given) :]
-        tokens = _Tokens(x_g, w_g, dict(zip(given, optional, strict=True)), time, taps, silu)
+        tokens = _Tokens(x_g, w_g, dict(zip(given, optional, strict=True)), time, taps, silu, first)
         begin = lax.axis_index("n") * chunk
         body(tokens, begin, jnp.minimum(begin + chunk, time), *operands, *results)
 
@@ -147,8 +152,9 @@ def _kernel(body, out_type, further, given, time, taps, silu, chunk, interpret):
 class _Tokens:
     """What both passes do with the tokens of one warpgroup's channels."""
 
-    def __init__(self, x_g: Any, w_g: Any, refs: dict[str, Any], time: int, taps: int, silu: bool) -> None:
+    def __init__(self, x_g: Any, w_g: Any, refs: dict[str, Any], time: int, taps: int, silu: bool, first: int) -> None:
         self.columns = pl.ds(lax.axis_index("c") * COLUMNS, COLUMNS)
+        self.x_columns = pl.ds(first + lax.axis_index("c") * COLUMNS, COLUMNS)
         self.b = lax.axis_index("b")
         self.layout = plgpu.Layout.WG_STRIDED((COLUMNS,), vec_size=COLUMNS // 128)
         self.x_g, self.refs = x_g, refs
@@ -166,7 +172,7 @@ class _Tokens:
 
     def x_at(self, t):
         """Row t of x, or of the initial state where t < 0."""
-        x_C = self.select(t >= 0, self.load(self.x_g.at[self.b, jnp.maximum(t, 0), self.columns]))
+        x_C = self.select(t >= 0, self.load(self.x_g.at[self.b, jnp.maximum(t, 0), self.x_columns]))
         if "state" not in self.refs:
             return x_C
         row = jnp.clip(t + self.before, 0, self.before - 1)
@@ -215,7 +221,7 @@ def _forward_body(tokens, begin, end, y_g):
         return window[1:]
 
     def x_at(t):
-        return tokens.load(tokens.x_g.at[tokens.b, t, tokens.columns])
+        return tokens.load(tokens.x_g.at[tokens.b, t, tokens.x_columns])
 
     def group(i, past):
         first = begin + i * GROUP

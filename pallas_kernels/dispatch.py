@@ -56,8 +56,10 @@ OPS: dict[str, dict[str, SupportCheck]] = {
     "ssd": {"mosaic": on_hopper, "reference": _anywhere},
     "causal_conv1d": {"mosaic": on_hopper, "reference": _anywhere},
     "grouped_matmul": {"mosaic": on_hopper, "blocked": _anywhere, "reference": _anywhere},
+    "grouped_mlp": {"mosaic": on_hopper, "blocked": _anywhere, "reference": _anywhere},
     "attention": {"cudnn": on_hopper, "reference": _anywhere},
     "decode_attention": {"mosaic": on_hopper, "cudnn": on_hopper, "reference": _anywhere},
+    "take_rows": {"mosaic": on_hopper, "reference": _anywhere},
     "permute": {"reference": _anywhere},
     "unpermute": {"reference": _anywhere},
 }

@@ -223,6 +223,8 @@ CASES = (
     Case("rows_past_the_sum", 150, 12, 10, (10, 0, 65, 4)),
     Case("all_empty", 9, 5, 4, (0, 0, 0)),
     Case("relu2", 140, 12, 10, (64, 0, 7, 65), activation="relu2"),
+    Case("tiles", 300, 128, 192, (5, 0, 130, 165), activation="relu2"),  # sizes that the Hopper kernels take
+    Case("tiles_rows_past_the_sum", 203, 192, 64, (64, 129, 0)),
     Case("decode", 22, 16, 24, tuple(1 if i % 3 else 0 for i in range(33)), activation="relu2"),
 )
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.mosaic import WGMMA, Interpret, kernel_call
 from pallas_kernels.mosaic import tiles as swizzled
@@ -117,8 +118,9 @@ class _Work(NamedTuple):
 
     needed: Any  # whether there is any
     columns_left: Any  # from the tile's first column on
+    products: Any  # steps that are multiplied; the others of the tile are for `store`, which frees their slots
     multiply: Callable[..., None]  # (accumulator, step, slot): start the products of a step
-    store: Callable[..., None]  # (sum [64, the tile's columns])
+    store: Callable[..., None]  # (sum [64, the tile's columns], the ring's step after the products)
 
 
 def _multiply_tiles(ring, tiles, columns, outputs, steps_of, work_of):
@@ -141,16 +143,16 @@ def _multiply_tiles(ring, tiles, columns, outputs, steps_of, work_of):
                     def free_slot():
                         plgpu.barrier_arrive(ring.free.at[_slot(first_step + k - 1)])
 
-                lax.fori_loop(0, steps, one_step, None)
+                lax.fori_loop(0, work.products, one_step, None)
                 plgpu.wgmma_wait(0)
 
-                @pl.when(steps > 0)
+                @pl.when(work.products > 0)
                 def free_last_slot():
-                    plgpu.barrier_arrive(ring.free.at[_slot(first_step + steps - 1)])
+                    plgpu.barrier_arrive(ring.free.at[_slot(first_step + work.products - 1)])
 
                 return acc[...]
 
-            work.store(pl.run_scoped(products, plgpu.ACC((64, width), jnp.float32)))
+            work.store(pl.run_scoped(products, plgpu.ACC((64, width), jnp.float32)), first_step + work.products)
 
         def pass_by():
             def one_step(k, _):
@@ -172,11 +174,11 @@ def _multiply_tiles(ring, tiles, columns, outputs, steps_of, work_of):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _next_buffer(column, columns):
-    """The buffer for the block at `column` of a tile, once its last store has left it: buffers take turns."""
+def _next_buffer(block, columns):
+    """The buffer for a tile's block of this number, once its last store has left it: buffers take turns."""
     buffers = _out_buffers(columns)
-    plgpu.wait_smem_to_gmem(0 if column == 0 else buffers - 1, wait_read_only=True)
-    return column // 64 % buffers
+    plgpu.wait_smem_to_gmem(0 if block == 0 else buffers - 1, wait_read_only=True)
+    return block % buffers
 
 
 def multiply_rows(
@@ -187,11 +189,14 @@ def multiply_rows(
     *,
     transposed: bool = False,
     activation: str | None = None,
+    slope_at: jax.Array | None = None,
     interpret: Interpret = None,
 ) -> jax.Array:
     """lhs [M, K] times each group's matrix, rhs [E, K, N] or, transposed, [E, N, K] -> [M, N], bfloat16.
 
-    K and N are multiples of 64. activation "relu2": max(z, 0)^2, before the result is rounded.
+    K and N are multiples of 64. Before the result is rounded, activation "relu2" makes max(z, 0)^2 of it, and slope_at
+    [M, N], an earlier result max(z, 0)^2, multiplies it by the derivative 2 max(z, 0) = 2 sqrt(slope_at). Its blocks
+    travel through the ring behind the operands of their tile.
     """
     rows, inputs = lhs.shape
     groups = rhs_EKN.shape[0]
@@ -203,7 +208,8 @@ def multiply_rows(
         views = [_any_row(STAGES, TILE_ROWS, STEP, interpret), _any_row(2 * _out_buffers(columns), 64, 64, interpret)]
         pl.run_scoped(functools.partial(work, *refs), *views, collective_axes="wg")
 
-    def work(group, row, end, last, lhs_hbm, rhs_hbm, out_hbm, rhs_smem, full, free, lhs_views, out_views):
+    def work(group, row, end, last, lhs_hbm, rhs_hbm, *rest):
+        *slope_hbm, out_hbm, rhs_smem, full, free, lhs_views, out_views = rest
         warpgroup = lax.axis_index("wg")
         ring = _Ring(full, free)
         my_tiles, tile_of = _my_share(last[groups] * column_tiles)
@@ -215,19 +221,35 @@ def multiply_rows(
             tile, column = lax.div(tile_of(i), jnp.int32(column_tiles)), lax.rem(tile_of(i), jnp.int32(column_tiles))
             return tile, column * columns
 
-        def steps_of(i):
+        def products_of(i):
             return jnp.where(group[place(i)[0]] < groups, input_steps, 0)
+
+        def steps_of(i):
+            blocks = jnp.minimum(columns, outputs - place(i)[1]) // 64 if slope_hbm else 0
+            return products_of(i) + blocks
 
         def load_of(i):
             tile, column = place(i)
+            products = products_of(i)
             row_slice, column_slice = pl.ds(row[tile], TILE_ROWS), pl.ds(column, columns)
             weight = rhs_hbm.at[jnp.minimum(group[tile], groups - 1)]
 
             def load(k, slot, barrier):
-                k_slice = pl.ds(k * STEP, STEP)
-                right = weight.at[column_slice, k_slice] if transposed else weight.at[k_slice, column_slice]
-                plgpu.copy_gmem_to_smem(lhs_hbm.at[row_slice, k_slice], lhs_by_row.at[slot], barrier)
-                plgpu.copy_gmem_to_smem(right, rhs_smem.at[slot], barrier)
+                def operands():
+                    k_slice = pl.ds(k * STEP, STEP)
+                    right = weight.at[column_slice, k_slice] if transposed else weight.at[k_slice, column_slice]
+                    plgpu.copy_gmem_to_smem(lhs_hbm.at[row_slice, k_slice], lhs_by_row.at[slot], barrier)
+                    plgpu.copy_gmem_to_smem(right, rhs_smem.at[slot], barrier)
+
+                def slope_block():
+                    block = slope_hbm[0].at[row_slice, pl.ds(column + (k - products) * 64, 64)]
+                    plgpu.copy_gmem_to_smem(block, lhs_by_row.at[slot], barrier)
+                    plgpu.barrier_arrive(barrier)  # in place of the second operand
+
+                if not slope_hbm:
+                    return operands()
+                pl.when(k < products)(operands)
+                pl.when(k >= products)(slope_block)
 
             return load
 
@@ -235,30 +257,43 @@ def multiply_rows(
             tile, column = place(i)
             first = row[tile] + 64 * warpgroup
             size = jnp.clip(end[tile] - first, 0, 64)
+            mine = pl.ds(pl.multiple_of(64 * warpgroup, 64), 64)
 
             def multiply(acc, k, slot):
-                left = lhs_smem.at[slot, pl.ds(pl.multiple_of(64 * warpgroup, 64), 64)]
+                left = lhs_smem.at[slot, mine]
                 used = pl.ds(0, acc.shape[1])
                 right = rhs_smem.at[slot]
                 plgpu.wgmma(acc, left, right.at[used].transpose((1, 0)) if transposed else right.at[:, used])
 
-            def store(acc):
+            def slope(step):
+                slot = _slot(step)
+                plgpu.barrier_wait(ring.full.at[slot])
+                activated = lhs_smem.at[slot, mine][...].astype(jnp.float32)
+                plgpu.commit_smem()  # these reads come before the next copy into the slot
+                plgpu.barrier_arrive(ring.free.at[slot])
+                return 2.0 * jnp.sqrt(activated)
+
+            def store(acc, step):
                 if activation == "relu2":
                     acc = jnp.square(jnp.maximum(acc, 0.0))
                 for c in range(0, acc.shape[1], 64):
-                    buffer = warpgroup * _out_buffers(columns) + _next_buffer(c, columns)
-                    out_smem[buffer] = acc[:, c : c + 64].astype(out_hbm.dtype)
+                    block = acc[:, c : c + 64]
+                    if slope_hbm:
+                        block = block * slope(step + c // 64)
+                    buffer = warpgroup * _out_buffers(columns) + _next_buffer(c // 64, columns)
+                    out_smem[buffer] = block.astype(out_hbm.dtype)
                     plgpu.commit_smem()
                     _store_rows(out_by_row.at[buffer], out_hbm.at[:, pl.ds(column + c, 64)], first, size)
 
-            return _Work(size > 0, outputs - column, multiply, store)
+            return _Work(size > 0, outputs - column, products_of(i), multiply, store)
 
         pl.when(warpgroup == 2)(lambda: _fill(ring, my_tiles, steps_of, load_of))
         pl.when(warpgroup < 2)(lambda: _multiply_tiles(ring, my_tiles, columns, outputs, steps_of, work_of))
 
     right = swizzled(STAGES, *((columns, STEP) if transposed else (STEP, columns)))
     out = jax.ShapeDtypeStruct((rows, outputs), lhs.dtype)
-    return _launch(body, out, [right, *_BARRIERS], interpret, *tiles[:4], lhs, rhs_EKN)
+    slopes = () if slope_at is None else (slope_at,)
+    return _launch(body, out, [right, *_BARRIERS], interpret, *tiles[:4], lhs, rhs_EKN, *slopes)
 
 
 def _any_row(count, rows, columns, interpret):
@@ -291,16 +326,24 @@ def _store_rows(block_smem, out_hbm, row, count):
 
 
 def outer_products(
-    lhs: jax.Array, d_out: jax.Array, tiles: RowTiles, columns: int, *, interpret: Interpret = None
+    lhs: jax.Array,
+    d_out: jax.Array,
+    tiles: RowTiles,
+    columns: int,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    interpret: Interpret = None,
 ) -> jax.Array:
-    """lhs [M, K], d_out [M, N] -> [E, K, N]: per group lhs^T d_out, zero for empty groups, bfloat16.
+    """lhs [M, K], d_out [M, N] -> [E, K, N]: per group lhs^T d_out, zero for empty groups.
 
-    M is a multiple of 8, K and N of 64. Rows past the last group may hold anything.
+    dtype: of the result, bfloat16 or float32. M is a multiple of 8, K and N of 64. Rows past the last group may hold
+    anything.
     """
     inputs, outputs = lhs.shape[1], d_out.shape[1]
     groups = tiles.starts.shape[0] - 1
     column_tiles = pl.cdiv(outputs, columns)
     per_group = pl.cdiv(inputs, TILE_ROWS) * column_tiles
+    width = 128 // jnp.dtype(dtype).itemsize  # columns of a block that is stored: those of a swizzle atom
 
     def body(starts, lhs_hbm, d_out_hbm, out_hbm, lhs_smem, d_out_smem, out_smem, full, free, masked):
         warpgroup = lax.axis_index("wg")
@@ -359,20 +402,20 @@ def outer_products(
 
                 plgpu.wgmma(acc, left.transpose((1, 0)), right.at[:, pl.ds(0, acc.shape[1])])
 
-            def store(acc):
-                for c in range(0, acc.shape[1], 64):
-                    buffer = _next_buffer(c, columns)
+            def store(acc, _):
+                for c in range(0, acc.shape[1], width):
+                    buffer = _next_buffer(c // width, columns)
 
                     @pl.when(row < inputs)
                     def _(c=c, buffer=buffer):
                         block = out_smem.at[warpgroup, buffer]
-                        block[...] = acc[:, c : c + 64].astype(out_hbm.dtype)
+                        block[...] = acc[:, c : c + width].astype(out_hbm.dtype)
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(block, out_hbm.at[group, pl.ds(row, 64), pl.ds(column + c, 64)])
+                        plgpu.copy_smem_to_gmem(block, out_hbm.at[group, pl.ds(row, 64), pl.ds(column + c, width)])
 
             # The two warpgroups meet where d_out is masked: there, neither may pass by.
             meets = first + steps_of(i) * STEP > starts[groups]
-            return _Work((row < inputs) | meets, outputs - column, multiply, store)
+            return _Work((row < inputs) | meets, outputs - column, steps_of(i), multiply, store)
 
         pl.when(warpgroup == 2)(lambda: _fill(ring, my_tiles, steps_of, load_of))
         pl.when(warpgroup < 2)(lambda: _multiply_tiles(ring, my_tiles, columns, outputs, steps_of, work_of))
@@ -380,11 +423,11 @@ def outer_products(
     scratch = [
         swizzled(STAGES, STEP, TILE_ROWS),
         swizzled(STAGES, STEP, columns),
-        swizzled(2, _out_buffers(columns), 64, 64),
+        swizzled(2, _out_buffers(columns), 64, width, dtype=dtype),
         *_BARRIERS,
         plgpu.Barrier(num_arrivals=2),
     ]
-    out = jax.ShapeDtypeStruct((groups, inputs, outputs), d_out.dtype)
+    out = jax.ShapeDtypeStruct((groups, inputs, outputs), dtype)
     return _launch(body, out, scratch, interpret, tiles.starts, lhs, d_out)
 
 

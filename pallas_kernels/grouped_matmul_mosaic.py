@@ -70,14 +70,49 @@ def _backward(activation, interpret, residuals, d_out):
         d_out = (d_out.astype(jnp.float32) * 2 * jnp.sqrt(out.astype(jnp.float32))).astype(lhs.dtype)
     tiles = row_tiles(group_sizes, lhs.shape[0])
     d_lhs = multiply_rows(d_out, rhs, tiles, tile_columns(inputs), transposed=True, interpret=interpret)
-    lhs, d_out = _whole_atoms(lhs), _whole_atoms(d_out)
+    lhs, d_out = whole_atoms(lhs), whole_atoms(d_out)
     return d_lhs, outer_products(lhs, d_out, tiles, tile_columns(outputs), interpret=interpret), None
 
 
 grouped_matmul_mosaic.defvjp(_forward, _backward)
 
 
-def _whole_atoms(z):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def grouped_mlp_mosaic(
+    x: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array, interpret: Interpret = None
+) -> jax.Array:
+    """max(x @ up, 0)^2 @ down: [M, L], [E, L, F], [E, F, L], [E] int32 -> [M, L], all bfloat16.
+
+    Beside two calls of the product it saves a pass over [M, F] in the backward pass: the derivative of the activation
+    is multiplied where the gradient of the down projection is made.
+    """
+    return _mlp_forward(x, up, down, group_sizes, interpret)[0]
+
+
+def _mlp_forward(x, up, down, group_sizes, interpret):
+    tiles = row_tiles(group_sizes, x.shape[0])
+    hidden = multiply_rows(x, up, tiles, tile_columns(up.shape[2]), activation="relu2", interpret=interpret)
+    out = multiply_rows(hidden, down, tiles, tile_columns(down.shape[2]), interpret=interpret)
+    return out, (x, up, down, group_sizes, hidden)
+
+
+def _mlp_backward(interpret, residuals, d_out):
+    x, up, down, group_sizes, hidden = residuals
+    width, hidden_width = up.shape[1:]
+    tiles = row_tiles(group_sizes, x.shape[0])
+    rows_times = functools.partial(multiply_rows, tiles=tiles, transposed=True, interpret=interpret)
+    d_product = rows_times(d_out, down, columns=tile_columns(hidden_width), slope_at=hidden)
+    d_x = rows_times(d_product, up, columns=tile_columns(width))
+    sums = functools.partial(outer_products, tiles=tiles, interpret=interpret)
+    x, hidden, d_product, d_out = (whole_atoms(z) for z in (x, hidden, d_product, d_out))
+    d_up = sums(x, d_product, columns=tile_columns(hidden_width))
+    return d_x, d_up, sums(hidden, d_out, columns=tile_columns(width)), None
+
+
+grouped_mlp_mosaic.defvjp(_mlp_forward, _mlp_backward)
+
+
+def whole_atoms(z: jax.Array) -> jax.Array:
     """Rows up to a multiple of 8: a copy, but of few rows, or of none where a batch is even."""
     return jnp.pad(z, ((0, -z.shape[0] % ALIGN), (0, 0))) if z.shape[0] % ALIGN else z
 

@@ -21,7 +21,9 @@ from pallas_kernels.cost import Cost
 _ssd = importlib.import_module("pallas_kernels.ssd")
 _conv = importlib.import_module("pallas_kernels.causal_conv1d")
 _grouped = importlib.import_module("pallas_kernels.grouped_matmul")
+_mlp = importlib.import_module("pallas_kernels.grouped_mlp")
 _attention = importlib.import_module("pallas_kernels.attention")
+_take_rows = importlib.import_module("pallas_kernels.take_rows")
 _permute = importlib.import_module("pallas_kernels.permute")
 
 
@@ -90,6 +92,14 @@ SUITE = {
         peers={"dense": _dense_matmul},
         truth="blocked",  # ragged_dot expands to the rows times the groups on GPUs
     ),
+    "grouped_mlp": Op(
+        _mlp.grouped_mlp,
+        _mlp.CASES,
+        _mlp.BENCHMARKS,
+        _mlp.example_inputs,
+        _mlp.cost,
+        truth="blocked",
+    ),
     "attention": Op(
         _attention.attention,
         _attention.CASES,
@@ -104,6 +114,13 @@ SUITE = {
         _attention.decode_example_inputs,
         _attention.decode_cost,
         backward=False,
+    ),
+    "take_rows": Op(
+        _take_rows.take_rows,
+        _take_rows.CASES,
+        _take_rows.BENCHMARKS,
+        _take_rows.example_inputs,
+        _take_rows.cost,
     ),
     "permute": Op(
         _permute.permute,

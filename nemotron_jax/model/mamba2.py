@@ -11,6 +11,7 @@ W convolution channels (x, B and C).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -28,7 +29,7 @@ from nemotron_jax.parallel.local import per_device
 from nemotron_jax.parallel.mesh import shards
 from nemotron_jax.precision.matmul import matmul
 from pallas_kernels import causal_conv1d, ssd
-from pallas_kernels.causal_conv1d import final_state
+from pallas_kernels.causal_conv1d import convolve_channels, final_state
 from pallas_kernels.packed import side_by_side
 from pallas_kernels.ssd import ssd_step
 
@@ -52,14 +53,15 @@ class InProj(nnx.Module):
         self.dt = leaf("dt", config.num_heads, "heads")
         self.precision = scope.precision(n_in, 2 * config.inner_size + 2 * group_channels + config.num_heads)
 
-    def __call__(self, h: Array, seed: Array | None, probe: Array | None) -> list[Array]:
+    def __call__(self, h: Array, seed: Array | None, probe: Array | None) -> tuple[list[Array], Array | None]:
+        """z, x, B, C and dt; and the product that holds all of them, where there is one and a device has it whole."""
         leaves = [self.z[...], self.x[...], self.B[...], self.C[...], self.dt[...]]
         # The leaves of a quantised projection are the one tensor they are on disk, whose blocks share an amax.
         if shards("heads") > 1 and not self.precision.format:
-            return [matmul(h, leaf, self.precision, seed) for leaf in leaves]
+            return [matmul(h, leaf, self.precision, seed) for leaf in leaves], None
         fused = matmul(h, side_by_side(leaves), self.precision, seed, probe)
         borders = [sum(leaf.shape[1] for leaf in leaves[: i + 1]) for i in range(len(leaves) - 1)]
-        return jnp.split(fused, borders, axis=-1)
+        return jnp.split(fused, borders, axis=-1), fused if shards("heads") == 1 else None
 
 
 class Conv1d(nnx.Module):
@@ -116,6 +118,26 @@ class Conv1d(nnx.Module):
         biases = [self.bias[kind] for kind in kinds]
         return run(segment_ids, *inputs, *(w[...] for w in weights), *(b[...] for b in biases), *states)
 
+    def of_projected(self, projected: Array, first: int, segment_ids: Array | None) -> list[Array]:
+        """The same without a state, of the channels from `first` on: x, B and C need not be copied out for it."""
+        kinds = "xBC"
+
+        def convolve(segment_ids: Array | None, projected: Array, *operands: Array) -> list[Array]:
+            outputs, begin = [], first
+            for weight, bias in zip(operands[:3], operands[3:], strict=True):
+                outputs.append(convolve_channels(projected, begin, weight, bias, segment_ids=segment_ids))
+                begin += weight.shape[0]
+            return outputs
+
+        over_time = ("batch", "time", None)
+        run = per_device(
+            convolve,
+            [("batch", "time"), over_time, *((None, None),) * 3, *((None,),) * 3],
+            [over_time] * 3,
+            whole=("time",),
+        )
+        return run(segment_ids, projected, *(self.weight[k][...] for k in kinds), *(self.bias[k][...] for k in kinds))
+
 
 class GatedNorm(nnx.Module):
     """RMS norm of y * silu(z) over each group's channels; the weight is multiplied after the cast (unlike RMSNorm)."""
@@ -126,10 +148,51 @@ class GatedNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, y: Array, z: Array) -> Array:
-        gated = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
-        grouped = gated.reshape(*gated.shape[:-1], self.num_groups, -1)
-        grouped *= jax.lax.rsqrt(jnp.mean(grouped * grouped, axis=-1, keepdims=True) + self.eps)
-        return self.weight[...].astype(y.dtype) * grouped.reshape(gated.shape).astype(y.dtype)
+        return _gated_norm(self.num_groups, self.eps, y, z, self.weight[...])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gated_norm(num_groups: int, eps: float, y: Array, z: Array, weight: Array) -> Array:
+    return _gated_norm_fwd(num_groups, eps, y, z, weight)[0]
+
+
+def _in_groups(x: Array, num_groups: int) -> Array:
+    """Float32 [..., groups, channels of a group]."""
+    return x.astype(jnp.float32).reshape(*x.shape[:-1], num_groups, -1)
+
+
+def _gated_norm_fwd(num_groups: int, eps: float, y: Array, z: Array, weight: Array) -> tuple[Array, tuple[Array, ...]]:
+    gated = _in_groups(y, num_groups) * jax.nn.silu(_in_groups(z, num_groups))
+    scale = jax.lax.rsqrt(jnp.mean(gated * gated, axis=-1, keepdims=True) + eps)
+    out = weight.astype(y.dtype) * (gated * scale).reshape(y.shape).astype(y.dtype)
+    return out, (y, z, weight, scale)
+
+
+def _gated_norm_bwd(
+    num_groups: int, _: float, saved: tuple[Array, Array, Array, Array], d: Array
+) -> tuple[Array, Array, Array]:
+    """From y, z and one number a group: autodiff would keep the float32 product of y and silu(z), and read it thrice.
+
+    Left to itself XLA makes that product in the pass that sums over the groups and stores it for the next; behind the
+    first barrier it is another product, made again where it is used. The second keeps the two gradients in one pass.
+    """
+    y, z, weight, scale = saved
+    z32, d32 = (_in_groups(x, num_groups) for x in (z, d))
+    gate = jax.nn.sigmoid(z32)
+    d_normed = d32 * _in_groups(weight.astype(y.dtype), num_groups)
+    along = scale * jnp.mean(d_normed * _in_groups(y, num_groups) * z32 * gate, axis=-1, keepdims=True)
+    y, along = jax.lax.optimization_barrier((y, along))
+    y32 = _in_groups(y, num_groups)
+    normed = y32 * z32 * gate * scale
+    d_gated = scale * (d_normed - normed * along)
+    d_weight = (d32 * normed).sum(tuple(range(d.ndim - 1))).reshape(weight.shape)
+    d_y = (d_gated * z32 * gate).reshape(y.shape).astype(y.dtype)
+    d_z = (d_gated * y32 * gate * (1 + z32 * (1 - gate))).reshape(z.shape).astype(z.dtype)
+    d_y, d_z = jax.lax.optimization_barrier((d_y, d_z))
+    return d_y, d_z, d_weight.astype(weight.dtype)
+
+
+_gated_norm.defvjp(_gated_norm_fwd, _gated_norm_bwd)
 
 
 def _dt_bias_init(config: MambaConfig) -> Init:
@@ -175,9 +238,12 @@ class Mamba2(nnx.Module):
         """h [B, T, D] -> (y [B, T, D], new state, {})."""
         config = self.config
         batch, time = h_BTD.shape[:2]
-        z, *conv_inputs, dt = self.in_proj(h_BTD, *ctx.of("in_proj"))
+        (z, *conv_inputs, dt), projected = self.in_proj(h_BTD, *ctx.of("in_proj"))
         rows = None if state is None else take_rows(state, ctx.slots)
-        x, B, C = self.conv1d(conv_inputs, None if rows is None else rows.conv_BKW, ctx.segment_ids)
+        if rows is None and projected is not None and not in_parts(time):
+            x, B, C = self.conv1d.of_projected(projected, z.shape[-1], ctx.segment_ids)
+        else:
+            x, B, C = self.conv1d(conv_inputs, None if rows is None else rows.conv_BKW, ctx.segment_ids)
         x_BTHP = x.reshape(batch, time, config.num_heads, config.head_dim)
         B_BTGN = B.reshape(batch, time, config.num_groups, config.state_size)
         C_BTGN = C.reshape(batch, time, config.num_groups, config.state_size)

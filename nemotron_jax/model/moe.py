@@ -31,6 +31,8 @@ from nemotron_jax.parallel.mesh import mesh_axes
 from nemotron_jax.precision.float32 import float32_matmul
 from nemotron_jax.precision.matmul import expert_matmul
 from nemotron_jax.precision.recipe import Cut, Precision
+from pallas_kernels import grouped_mlp
+from pallas_kernels.packed import Packed
 
 
 class Router(nnx.Module):
@@ -60,7 +62,9 @@ def _choose(moe: MoEConfig, scores_BTE: Array, bias: Array) -> tuple[Array, Arra
     if moe.num_groups > 1:
         choice_BTE = _only_best_groups(choice_BTE, moe)
     experts_BTK = lax.top_k(choice_BTE, moe.top_k)[1]
-    weights_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
+    # The experts of a token differ, so the gradient needs no atomics; they have to be told.
+    batch, time, _ = jnp.ogrid[tuple(map(slice, experts_BTK.shape))]
+    weights_BTK = scores_BTE.at[batch, time, experts_BTK].get(unique_indices=True, mode="promise_in_bounds")
     if moe.normalize_weights:
         weights_BTK = weights_BTK / (weights_BTK.sum(-1, keepdims=True) + 1e-20)
     return experts_BTK, weights_BTK * moe.scaling_factor
@@ -134,6 +138,10 @@ def _apply(
     ``num_experts`` and ``width`` are those of all devices, which may have parts of both.
     """
     up_ELF, down_EFL, *probes = params
+    if not precision.format and not any(isinstance(w, Packed) for w in params):
+        dtype = jnp.dtype(precision.operands)
+        mlp = grouped_mlp(rows.astype(dtype), up_ELF.astype(dtype), down_EFL.astype(dtype), group_sizes)
+        return mlp.astype(rows.dtype)
     up_probe, down_probe = probes or (None, None)
     seeds: tuple[Array | None, ...] = (None, None)
     entry_M = None

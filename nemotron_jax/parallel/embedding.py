@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from nemotron_jax.parallel.local import index, per_device
 from nemotron_jax.parallel.mesh import mesh_axes
+from pallas_kernels import take_rows
 
 
 def lookup(table: Array, tokens: Array, dtype: DTypeLike) -> Array:
@@ -28,12 +29,16 @@ def lookup(table: Array, tokens: Array, dtype: DTypeLike) -> Array:
         if part.shape[0] < vocab:
             place = tokens - index("vocab") * part.shape[0]
             inside = (place >= 0) & (place < part.shape[0])
-            rows = jnp.where(inside[..., None], part[jnp.where(inside, place, 0)], 0).astype(dtype)
+            rows = jnp.where(inside[..., None], _at(part, jnp.where(inside, place, 0), dtype), 0)
         else:
-            rows = part[tokens].astype(dtype)
+            rows = _at(part, tokens, dtype)
         if cut_width:
             return lax.all_to_all(rows, mesh_axes("embed"), split_axis=0, concat_axis=3, tiled=True)
         return rows[None]
 
     run = per_device(of_device, (("vocab", "embed"), ("batch", "time")), ("vocab", "batch", "time", None))
     return run(table, tokens).sum(0, dtype=dtype)
+
+
+def _at(part: Array, place: Array, dtype: DTypeLike) -> Array:
+    return take_rows(part, place.reshape(-1), dtype=dtype).reshape(*place.shape, part.shape[1])

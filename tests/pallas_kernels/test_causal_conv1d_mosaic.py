@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import causal_conv1d, causal_conv1d_mosaic
-from pallas_kernels.causal_conv1d import causal_conv1d_reference
+from pallas_kernels.causal_conv1d import causal_conv1d_reference, convolve_channels
 from pallas_kernels.causal_conv1d_mosaic import backward, forward, unfit
 from pallas_kernels.dispatch import compiling_for
 from pallas_kernels.segments import run_ids
@@ -50,6 +50,11 @@ def test_values_and_gradients(shape, taps, silu, given, interpret):
     got = forward(x, w, bias, state, run, **settings)
     np.testing.assert_allclose(got.astype(jnp.float32), y, rtol=2**-8, atol=1e-5)  # rounded once
     dx, *rest = backward(x, w, bias, state, run, dy, **settings)
+    if state is None:  # among other channels, which are not read
+        wide = jnp.pad(x, ((0, 0), (0, 0), (20, 4)), constant_values=jnp.nan)
+        np.testing.assert_array_equal(forward(wide, w, bias, state, run, first=20, **settings), got)
+        for same, z in zip(backward(wide, w, bias, state, run, dy, first=20, **settings), (dx, *rest), strict=True):
+            np.testing.assert_array_equal(same, z)
     np.testing.assert_allclose(dx.astype(jnp.float32), want[0], rtol=2**-8, atol=1e-5)
     for dz, want_dz in zip(rest, want[1:], strict=True):
         if want_dz is not None:
@@ -88,3 +93,30 @@ def test_what_surrounds_the_kernels(given, monkeypatch):
         if got is not None and want is not None:
             assert got.dtype == (jnp.float32 if want.shape in ((256,), (1, 3, 256)) else jnp.bfloat16)
             np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-7, atol=2e-2)
+
+
+def test_some_channels_of_several(monkeypatch):
+    """As if they were cut out first: values, and zeros for the gradients of the others."""
+    _, w, bias, _, run, dy = operands(1, 16, 256, 4, bias=True, state=False, packed=True)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 16, 300)), jnp.bfloat16)
+    for name in ("forward", "backward"):
+        kernel = partial(getattr(causal_conv1d_mosaic, name), interpret=plgpu.InterpretGPUParams())
+        monkeypatch.setattr(causal_conv1d_mosaic, name, kernel)
+
+    def grads(call):
+        y, pull = jax.vjp(call, x, w, bias)
+        return y, *pull(dy)
+
+    want = grads(lambda x, w, bias: causal_conv1d(x[:, :, 30:286], w, bias, segment_ids=run, impl="reference"))
+
+    def call(x, w, bias):
+        return convolve_channels(x, 30, w, bias, segment_ids=run)
+
+    portable = grads(call)
+    with compiling_for("sm_90a"):
+        kernels = grads(call)
+    for results in (portable, kernels):
+        for got, wanted in zip(results, want, strict=True):
+            got, wanted = (z.astype(jnp.float32) for z in (got, wanted))
+            np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=2e-2)
+    assert not kernels[1][:, :, :30].any() and not kernels[1][:, :, 286:].any()

@@ -16,8 +16,10 @@ SIGNATURES = {
     "causal_conv1d": "(x, w, bias=None, *, activation='silu', initial_state=None, segment_ids=None, "
     "return_final_state=False, impl=None)",
     "grouped_matmul": "(lhs, rhs, group_sizes, *, activation=None, impl=None)",
+    "grouped_mlp": "(x, up, down, group_sizes, *, impl=None)",
     "attention": "(q, k, v, *, causal=True, scale=None, segment_ids=None, kv_segment_ids=None, impl=None)",
     "decode_attention": "(q, k_cache, v_cache, lengths, *, page_table=None, scale=None, impl=None)",
+    "take_rows": "(table, ids, *, dtype=None, impl=None)",
     "permute": "(x, expert_ids, num_experts, *, impl=None)",
     "unpermute": "(rows, row_map, weights, *, impl=None)",
 }

@@ -20,8 +20,10 @@ BENCHMARKS = {
     "ssd": ("nano", "nano_packed", "nano-4b"),
     "causal_conv1d": ("nano", "nano_packed"),
     "grouped_matmul": ("nano_up_relu2", "nano_down", "super_up", "super_decode_1", "super_decode_32"),
+    "grouped_mlp": ("nano", "super"),
     "attention": ("nano", "nano_packed"),
     "decode_attention": ("nano_32x8k", "nano_32x8k_paged"),
+    "take_rows": ("nano", "nano_skewed"),
     "permute": ("nano", "super"),
     "unpermute": ("nano", "super"),
 }

@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import dispatch, grouped_matmul, grouped_matmul_kernels
 from pallas_kernels import grouped_matmul_mosaic as mosaic
 from pallas_kernels.grouped_matmul_kernels import TILE_ROWS
+from tests.pallas_kernels.test_grouped_mlp import loop as mlp_loop
 
 
 def loop(lhs, rhs, d_out, sizes, activation):
@@ -64,6 +65,42 @@ def test_values_gradients_and_races(name, interpret, monkeypatch):
             # relu2's derivative comes from a rounded output and is rounded again.
             assert np.linalg.norm(result - want) <= 4e-3 * np.linalg.norm(want)
             np.testing.assert_allclose(result, want, rtol=2**-6, atol=0.02 * np.abs(want).max())
+
+
+# Columns of a tile, M, L, F, and sizes of the groups.
+MLP_CASES = {
+    # F is one and a half tiles, so a tile has one or two blocks of the derivative; a group's last tile is one row, so
+    # one warpgroup passes by; M is no multiple of 8; rows past the sum.
+    "narrow_last_tile": (128, 200 + 3, 64, 192, [(3, 0, 129, 1, 0, 50), (0, 203, 0, 0, 0, 0)]),
+    # More blocks in a tile than slots in the ring.
+    "whole_ring": (320, 90, 64, 320, [(90,), (0,)]),
+}
+
+
+@pytest.mark.parametrize("name", MLP_CASES)
+def test_mlp_values_gradients_and_races(name, interpret, monkeypatch):
+    monkeypatch.setattr(grouped_matmul_kernels, "NUM_SMS", 2)
+    columns, rows, width, hidden, all_sizes = MLP_CASES[name]
+    monkeypatch.setattr(mosaic, "tile_columns", lambda outputs: columns)
+    random = np.random.default_rng(0)
+    groups = len(all_sizes[0])
+    x, up, down, d_out = (
+        jnp.asarray(random.standard_normal(shape), jnp.bfloat16)
+        for shape in ((rows, width), (groups, width, hidden), (groups, hidden, width), (rows, width))
+    )
+
+    @jax.jit
+    def run(x, up, down, sizes, d_out):
+        out, vjp = jax.vjp(lambda *floats: mosaic.grouped_mlp_mosaic(*floats, sizes, interpret), x, up, down)
+        return out, *vjp(d_out)
+
+    for sizes in all_sizes:
+        past = np.arange(rows)[:, None] >= sum(sizes)  # these rows may hold anything
+        taken = jnp.where(past, jnp.nan, x), up, down, jnp.array(sizes, jnp.int32), jnp.where(past, jnp.nan, d_out)
+        for result, want in zip(run(*taken), mlp_loop(x, up, down, sizes, d_out), strict=True):
+            assert result.dtype == jnp.bfloat16
+            result = np.asarray(result, np.float64)
+            assert np.linalg.norm(result - want) <= 5e-3 * np.linalg.norm(want)
 
 
 @pytest.mark.gpu

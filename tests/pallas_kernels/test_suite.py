@@ -34,6 +34,8 @@ def test_bytes_are_those_of_the_inputs_and_outputs(op: str):
         given = suite.inputs(op, case, abstract=True)
         outputs = jax.eval_shape(suite.forward(op, "reference", given.settings), given.arrays)
         moved = sum(z.size * z.dtype.itemsize for z in (*given.arrays.values(), *outputs))
+        if op == "take_rows":
+            moved -= 2 * (case.size - case.entries) * case.width
         unread = 1.0
         if op == "decode_attention":  # the mean of lengths from full to empty
             unread = 0.5 if case.batch > 1 else 1.0
