@@ -18,6 +18,7 @@ SIGNATURES = {
     "grouped_matmul": "(lhs, rhs, group_sizes, *, activation=None, impl=None)",
     "attention": "(q, k, v, *, causal=True, scale=None, segment_ids=None, kv_segment_ids=None, impl=None)",
     "decode_attention": "(q, k_cache, v_cache, lengths, *, page_table=None, scale=None, impl=None)",
+    "block_scaled_matmul": "(x, w, *, impl=None)",
     "permute": "(x, expert_ids, num_experts, *, impl=None)",
     "unpermute": "(rows, row_map, weights, *, impl=None)",
 }

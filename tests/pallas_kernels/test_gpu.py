@@ -22,6 +22,7 @@ BENCHMARKS = {
     "grouped_matmul": ("nano_up_relu2", "nano_down", "super_up", "super_decode_1", "super_decode_32"),
     "attention": ("nano", "nano_packed"),
     "decode_attention": ("nano_32x8k", "nano_32x8k_paged"),
+    "block_scaled_matmul": ("8192x4096_1", "8192x4096_16", "8192x4096_64", "super_experts_up", "super_experts_down"),
     "permute": ("nano", "super"),
     "unpermute": ("nano", "super"),
 }
