@@ -4,6 +4,7 @@ The public functions take ``impl=None``: `dispatch.choose` picks the implementat
 """
 
 from pallas_kernels.attention import attention, decode_attention
+from pallas_kernels.block_scaled_matmul import block_scaled_matmul
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_mlp import grouped_mlp
@@ -13,6 +14,7 @@ from pallas_kernels.take_rows import take_rows
 
 __all__ = [
     "attention",
+    "block_scaled_matmul",
     "causal_conv1d",
     "decode_attention",
     "grouped_matmul",

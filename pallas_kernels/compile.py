@@ -161,7 +161,7 @@ def _each(values: Sequence[int]) -> str:
 def _row(job: Job, report: Report) -> str:
     case = _cases(job.op)[job.case]
     direction = "fwd+bwd" if job.backward else "fwd"
-    head = f"{job.target:6}{job.op:17}{case.name:24}{job.impl:11}{direction:8}"
+    head = f"{job.target:6}{job.op:20}{case.name:24}{job.impl:11}{direction:8}"
     if report.error:
         return f"{head} FAILED {report.error}"
     shared = [round(size / 1024, 1) for size in report.shared]
@@ -200,7 +200,7 @@ def main(argv: Sequence[str]) -> int:
     if not work:
         parser.error("no implementation takes these cases on these targets")
     print(
-        f"{'target':6}{'op':17}{'case':24}{'impl':11}{'pass':8}{'kernels':>8}{'registers':>18}{'shared KiB':>24}"
+        f"{'target':6}{'op':20}{'case':24}{'impl':11}{'pass':8}{'kernels':>8}{'registers':>18}{'shared KiB':>24}"
         f"{'spills':>8}{'temp MiB':>10}{'seconds':>8}",
         flush=True,
     )

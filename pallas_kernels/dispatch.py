@@ -60,6 +60,7 @@ OPS: dict[str, dict[str, SupportCheck]] = {
     "attention": {"cudnn": on_hopper, "reference": _anywhere},
     "decode_attention": {"mosaic": on_hopper, "cudnn": on_hopper, "reference": _anywhere},
     "take_rows": {"mosaic": on_hopper, "reference": _anywhere},
+    "block_scaled_matmul": {"mosaic": on_hopper, "reference": _anywhere},
     "permute": {"reference": _anywhere},
     "unpermute": {"reference": _anywhere},
 }

@@ -7,6 +7,7 @@ Rows past sum(group_sizes) give zeros (and get zero gradients). relu2(z) = max(z
 Shapes: M rows, K inputs, N outputs, E groups (experts).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels import grouped_matmul_mosaic
+from pallas_kernels import block_scaled_matmul_mosaic, grouped_matmul_mosaic
 from pallas_kernels.cost import BF16, Cost
 from pallas_kernels.dispatch import choose, require_shape
 from pallas_kernels.packed import Packed
@@ -55,8 +56,9 @@ def grouped_matmul(
     if activation not in ACTIVATIONS:
         raise ValueError(f"grouped_matmul: activation must be 'relu2' or None, got {activation!r}")
     if isinstance(rhs, Packed):
-        choose("grouped_matmul", impl, unfit=dict.fromkeys(("mosaic", "reference"), "packed weights"))
-        product = _packed_product(lhs, rhs, group_sizes.astype(jnp.int32))
+        reason = block_scaled_matmul_mosaic.unfit(lhs, rhs, lhs.shape[0])
+        chosen = choose("grouped_matmul", impl, unfit={"mosaic": reason, "reference": "packed weights"})
+        product = _packed_product(lhs, rhs, group_sizes.astype(jnp.int32), chosen)
         return ACTIVATIONS[activation](product).astype(lhs.dtype)
     chosen = choose("grouped_matmul", impl, unfit={"mosaic": grouped_matmul_mosaic.unfit(lhs, rhs)})
     return _IMPLEMENTATIONS[chosen](lhs, rhs, group_sizes.astype(jnp.int32), activation)
@@ -147,17 +149,19 @@ def _multiply(lhs, rhs, group_sizes, spec):
     return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out[:rows], 0)
 
 
-@jax.custom_vjp
-def _packed_product(lhs, rhs, group_sizes):
-    """[M, N] float32. Each expert is unpacked when its rows are multiplied, so one is dense at a time."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _packed_product(lhs, rhs, group_sizes, impl):
+    """[M, N] float32. "blocked": each expert is unpacked when its rows are multiplied, so one is dense at a time."""
+    if impl == "mosaic":
+        return block_scaled_matmul_mosaic.multiply_groups(lhs, rhs, group_sizes)
     return _scaled(_multiply(lhs, rhs, group_sizes, "mk,nk->mn"), rhs, group_sizes)
 
 
-def _packed_fwd(lhs, rhs, group_sizes):
-    return _packed_product(lhs, rhs, group_sizes), (rhs, group_sizes, jnp.zeros((), lhs.dtype))
+def _packed_fwd(lhs, rhs, group_sizes, impl):
+    return _packed_product(lhs, rhs, group_sizes, impl), (rhs, group_sizes, jnp.zeros((), lhs.dtype))
 
 
-def _packed_bwd(residuals, d_out):
+def _packed_bwd(impl, residuals, d_out):
     rhs, group_sizes, like_lhs = residuals
     d_lhs = _multiply(d_out.astype(like_lhs.dtype), rhs, group_sizes, "mn,nk->mk")
     return _scaled(d_lhs, rhs, group_sizes).astype(like_lhs.dtype), None, None

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, floats
 from pallas_kernels.cost import Cost
+from pallas_kernels.packed import Packed
 
 # Modules, since the package exports functions by the same names.
 _ssd = importlib.import_module("pallas_kernels.ssd")
@@ -24,6 +25,7 @@ _grouped = importlib.import_module("pallas_kernels.grouped_matmul")
 _mlp = importlib.import_module("pallas_kernels.grouped_mlp")
 _attention = importlib.import_module("pallas_kernels.attention")
 _take_rows = importlib.import_module("pallas_kernels.take_rows")
+_block_scaled = importlib.import_module("pallas_kernels.block_scaled_matmul")
 _permute = importlib.import_module("pallas_kernels.permute")
 
 
@@ -40,6 +42,7 @@ class Op:
       truth: implementation that, in float32, the others are compared with at any size.
       peers: other ways to spend the same arithmetic, to compare times with; not implementations, since they compute
         something else or take some inputs only (ValueError for the rest).
+      for_peers: inputs that only peers read.
       checked: settings that a check adds, to see outputs that a benchmark leaves out.
       backward: whether the op has gradients.
     """
@@ -52,6 +55,7 @@ class Op:
     float32: tuple[str, ...] = ()
     truth: str = "reference"
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    for_peers: tuple[str, ...] = ()
     checked: Mapping[str, Any] = field(default_factory=dict)
     backward: bool = True
 
@@ -63,6 +67,21 @@ def _dense_matmul(lhs, rhs, group_sizes, *, activation):
         raise ValueError(f"{lhs.shape[0]} rows are not a multiple of {groups} groups")
     product = jnp.einsum("emk,ekn->emn", lhs.reshape(groups, -1, inputs), rhs)
     return _grouped.ACTIVATIONS[activation](product.reshape(-1, outputs))
+
+
+def _packed_product(x, codes, block_scales, scale, dense, group_sizes=None, *, impl=None):
+    """The products with packed weights by the arrays that they consist of; block_scales: uint8 codes."""
+    del dense
+    w = Packed(codes, floats.as_e4m3(block_scales), scale)
+    if group_sizes is None:
+        return _block_scaled.block_scaled_matmul(x, w, impl=impl)
+    return _grouped.grouped_matmul(x, w, group_sizes, impl="blocked" if impl == "reference" else impl)
+
+
+def _bfloat16_product(x, codes, block_scales, scale, dense, group_sizes=None):
+    """The same product with a weight in x's dtype."""
+    del codes, block_scales, scale
+    return x @ dense if group_sizes is None else _grouped.grouped_matmul(x, dense, group_sizes)
 
 
 SUITE = {
@@ -121,6 +140,17 @@ SUITE = {
         _take_rows.BENCHMARKS,
         _take_rows.example_inputs,
         _take_rows.cost,
+    ),
+    "block_scaled_matmul": Op(
+        _packed_product,
+        _block_scaled.CASES,
+        _block_scaled.BENCHMARKS,
+        _block_scaled.example_inputs,
+        _block_scaled.cost,
+        float32=("scale",),
+        peers={"bfloat16": _bfloat16_product},
+        for_peers=("dense",),
+        backward=False,
     ),
     "permute": Op(
         _permute.permute,

@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from nemotron_jax.precision.quantized import quantized_expert_matmul, quantized_matmul
 from nemotron_jax.precision.recipe import Precision
-from pallas_kernels import grouped_matmul
+from pallas_kernels import block_scaled_matmul, grouped_matmul
 from pallas_kernels.grouped_matmul import ACTIVATIONS
 from pallas_kernels.packed import Packed
 
@@ -33,7 +33,7 @@ def matmul(
       probe: ``quantized.new_probe()``, whose gradient is the statistics of a quantised matmul; zeros of another.
     """
     if isinstance(w, Packed):
-        return _packed_matmul(x, w, jnp.dtype(precision.operands))
+        return block_scaled_matmul(x.astype(precision.operands), w).astype(x.dtype)
     if precision.format:
         return quantized_matmul(x, w, precision, seed, probe)
     return _matmul(x, w, jnp.dtype(precision.operands))
@@ -108,22 +108,3 @@ def _matmul_bwd(operands: jnp.dtype, saved: tuple[Array, Array], dy: Array) -> t
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _packed_matmul(x: Array, w: Packed, operands: jnp.dtype) -> Array:
-    product = _gemm(x, w.operand(operands), ((x.ndim - 1,), (1,)), operands, jnp.dtype(jnp.float32))
-    return (product * w.scale).astype(x.dtype)
-
-
-def _packed_matmul_fwd(x: Array, w: Packed, operands: jnp.dtype) -> tuple[Array, tuple[Packed, Array]]:
-    return _packed_matmul(x, w, operands), (w, jnp.zeros((), x.dtype))
-
-
-def _packed_matmul_bwd(operands: jnp.dtype, saved: tuple[Packed, Array], dy: Array) -> tuple[Array, None]:
-    w, like_x = saved  # the packed weight is kept, not its operand: unpacked once more here
-    dx = _gemm(dy, w.operand(operands), ((dy.ndim - 1,), (0,)), operands, jnp.dtype(jnp.float32))
-    return (dx * w.scale).astype(like_x.dtype), None
-
-
-_packed_matmul.defvjp(_packed_matmul_fwd, _packed_matmul_bwd)

@@ -20,6 +20,7 @@ SIGNATURES = {
     "attention": "(q, k, v, *, causal=True, scale=None, segment_ids=None, kv_segment_ids=None, impl=None)",
     "decode_attention": "(q, k_cache, v_cache, lengths, *, page_table=None, scale=None, impl=None)",
     "take_rows": "(table, ids, *, dtype=None, impl=None)",
+    "block_scaled_matmul": "(x, w, *, impl=None)",
     "permute": "(x, expert_ids, num_experts, *, impl=None)",
     "unpermute": "(rows, row_map, weights, *, impl=None)",
 }

@@ -1,0 +1,128 @@
+"""Products with packed NVFP4 weights: the kernel, interpreted on the CPU, its arithmetic on bits, and the choice."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels import block_scaled_matmul, block_scaled_matmul_mosaic, floats, grouped_matmul
+from pallas_kernels.block_scaled_matmul import CASES, Case, block_scaled_matmul_reference, example_inputs
+from pallas_kernels.block_scaled_matmul_mosaic import E2M1_FIELDS, LEFT_OVER, multiply, multiply_groups, scale_bits
+from pallas_kernels.dispatch import compiling_for
+from pallas_kernels.nvfp4 import e2m1_value
+from pallas_kernels.packed import Packed
+
+
+def operands(case, dtype=jnp.bfloat16):
+    (x, codes, scales, scale, _), sizes = example_inputs(case, 1, dtype)
+    scale = scale * (1 + jnp.arange(scale.size, dtype=jnp.float32).reshape(scale.shape))  # experts with their own
+    return x, Packed(codes, floats.as_e4m3(scales), scale), sizes.get("group_sizes")
+
+
+def distance(got, want):
+    return float(jnp.linalg.norm(got - want) / jnp.maximum(jnp.linalg.norm(want), 1e-30))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("one row", 1, 256, 64),
+        Case("a second span that is not full, outputs that are no multiple of 64", 3, 1280, 144),
+        Case("rows for a wider tile", 18, 384, 64),
+    ],
+    ids=lambda case: case.name,
+)
+def test_values(case, interpret):
+    x, w, _ = operands(case)
+    got = multiply(x, w, interpret=interpret)
+    assert got.shape == (case.rows, case.outputs) and got.dtype == jnp.float32
+    assert distance(got, block_scaled_matmul_reference(x.astype(jnp.float32), w)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["experts", "no_experts"])
+def test_values_of_experts(name, interpret):
+    x, w, sizes = operands(next(case for case in CASES if case.name == name))
+    unread = np.asarray(sizes) == 0
+    w = Packed(w.codes, w.block_scales, jnp.where(unread, jnp.nan, w.scale))
+    got = multiply_groups(x, w, sizes, interpret=interpret)
+    dense = jnp.where(unread[:, None, None], 0, w.dequantize())
+    assert distance(got, grouped_matmul(x.astype(jnp.float32), dense, sizes)) < 1e-6
+    assert (got[sizes.sum() :] == 0).all()
+
+
+def test_code_and_scale_are_made_of_their_bits_exactly():
+    """What the interpreter leaves out. NumPy keeps subnormals, as the GPU does, and XLA:CPU does not."""
+    byte = np.arange(256, dtype=np.uint16)
+    for codes, fields in zip((byte & 15, byte >> 4), E2M1_FIELDS, strict=True):
+        bits = sum(((byte & mask) << left for mask, left in fields), np.zeros_like(byte))
+        values = bits.view(ml_dtypes.bfloat16).astype(np.float64) * 2.0**126
+        np.testing.assert_array_equal(values, np.asarray(e2m1_value(jnp.asarray(codes, jnp.uint8))))
+    code = np.arange(256, dtype=np.uint32)
+    code = code[(code & 0x7F) != 0x7F]
+    want = code.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    for place in range(4):
+        word = code << np.uint32(8 * place) | np.uint32(0xA5A5A5A5) & ~np.uint32(0xFF << 8 * place)
+        scales = scale_bits(word, place).view(np.float32) * np.float32(2.0**120) * np.float32(2.0**119)
+        kept = scales.astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(kept.astype(np.float64), want * 2.0**119)
+        # The product of the two, which bfloat16 holds as well.
+        bits = np.arange(8, dtype=np.uint16)[:, None] << 6
+        exact = bits.view(ml_dtypes.bfloat16).astype(np.float64) * kept.astype(np.float64)
+        np.testing.assert_array_equal(exact.astype(ml_dtypes.bfloat16).astype(np.float64), exact)
+        np.testing.assert_array_equal(exact * LEFT_OVER, np.asarray(e2m1_value(jnp.arange(8)))[:, None] * want)
+
+
+def test_scales_that_are_nan_give_nan(interpret):
+    x, w, _ = operands(Case("", 2, 256, 64))
+    scales = np.asarray(w.block_scales).copy()
+    scales.view(np.uint8)[5, 3] = 0x7F
+    got = multiply(x, Packed(w.codes, jnp.asarray(scales), w.scale), interpret=interpret)
+    assert np.isnan(got[:, 5]).all() and np.isfinite(np.delete(got, 5, axis=1)).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradient_of_x(dtype):
+    x, w, _ = operands(Case("", 6, 64, 48), dtype)
+    y, pull = jax.vjp(lambda x: block_scaled_matmul(x, w), x.reshape(2, 3, 64))
+    dy = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape).astype(dtype)
+    (dx,) = pull(dy)
+    assert y.dtype == dx.dtype == dtype
+    want = dy.astype(jnp.float32) @ w.dequantize().T
+    assert distance(dx.astype(jnp.float32), want) < (1e-6 if dtype == jnp.float32 else 4e-3)
+
+
+def test_hopper_gets_the_kernel_for_few_rows():
+    def runs(rows, inputs=256, outputs=64, dtype=jnp.bfloat16):
+        x, w, _ = operands(Case("", rows, inputs, outputs), dtype)
+        with compiling_for("sm_90a"):
+            return "mpmd_map" in str(jax.make_jaxpr(block_scaled_matmul)(x, w))
+
+    assert runs(1) and runs(64)
+    assert not (runs(65) or runs(1, inputs=320) or runs(1, outputs=48) or runs(1, dtype=jnp.float32))
+    x, w, sizes = operands(next(case for case in CASES if case.name == "experts"))
+    with compiling_for("sm_90a"):
+        assert "mpmd_map" in str(jax.make_jaxpr(grouped_matmul)(x, w, sizes))
+
+
+def test_a_sharded_program_keeps_to_what_xla_can_shard():
+    x, w, _ = operands(Case("", 8, 256, 64))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+    inside = jax.shard_map(
+        block_scaled_matmul, in_specs=(rows, jax.sharding.PartitionSpec()), out_specs=rows, check_vma=False
+    )
+    with compiling_for("sm_90a"), jax.set_mesh(mesh):
+        assert "mpmd_map" not in str(jax.make_jaxpr(block_scaled_matmul)(x, w))
+        assert "mpmd_map" in str(jax.make_jaxpr(inside)(x, w))
+
+
+def test_operands_that_do_not_fit():
+    x, w, _ = operands(Case("", 4, 256, 64))
+    with pytest.raises(ValueError, match=r"w must have shape \[K, N\] = \[128, any\], got \[256, 64\]"):
+        block_scaled_matmul(x[:, :128], w)
+    reason = block_scaled_matmul_mosaic.unfit
+    assert reason(x, w, 64) == "" and reason(x, w, 65) == "1 to 64 rows"
+    fp8 = Packed(jnp.zeros((64, 256), jnp.float8_e4m3fn), None, w.scale)
+    assert reason(x, fp8, 1) == "FP8 weights"
+    assert block_scaled_matmul(x, fp8).shape == (4, 64)
