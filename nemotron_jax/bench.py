@@ -37,7 +37,7 @@ from nemotron_jax.model.counts import flops_per_token
 from nemotron_jax.model.nemotron import Nemotron, abstract, split_model
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.parallel.fit import check_batch, check_model
-from nemotron_jax.precision.recipe import recipe
+from nemotron_jax.precision.recipe import block_of, recipe
 from nemotron_jax.run_config import DataConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
 from nemotron_jax.training.losses import loss_fn, totals
 from nemotron_jax.training.progress import mfu
@@ -156,7 +156,7 @@ def run(what: str, work: Workload) -> dict[str, Any]:
 
 
 def _check(work: Workload, mesh: Mesh) -> None:
-    check_model(work.model, mesh)
+    check_model(work.model, mesh, block_of(work.precision))
     check_batch(work.model, mesh, rows=work.batch, rows_name="--batch", seq_len=work.seq, seq_name="--seq")
     if work.seq % work.documents:
         raise ConfigError(f"--seq={work.seq} must be a multiple of --documents ({work.documents}).")

@@ -12,12 +12,15 @@ from nemotron_jax.errors import ConfigError
 from nemotron_jax.parallel.mesh import mesh_axes
 
 
-def check_model(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
+def check_model(model: ModelConfig, mesh: Mesh | AbstractMesh, block: int = 1) -> None:
     """Raises ConfigError where an axis does not divide what it cuts, naming the sizes that would do.
 
     That is experts, groups and heads, which kernels need whole, and the widths of weights: a matrix that stayed whole
     on each device would not fit where the mesh was chosen so that it does. The vocabulary may stay whole (`kept_whole`
     in parallel/mesh.py says so at the start of a run).
+
+    Args:
+      block: elements that share a scale of quantisation; those of an expert have to be on one device.
     """
     letters = model.pattern + (model.mtp.pattern if model.mtp else "")
     if "M" in letters:  # heads are a multiple of groups
@@ -39,7 +42,18 @@ def check_model(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
         if model.moe.latent_size:
             widths["moe.latent_size"] = ("latent", model.moe.latent_size)
     for key, (name, width) in widths.items():
-        _require(mesh, name, width, f"model.{key} ({width})", _divides(width))
+        shown, fits = f"model.{key} ({width})", _divides(width)
+        if name == "expert_mlp" and block > 1 and _shards(mesh, name) > 1:
+            shown, fits = (
+                f"{shown} into parts of whole blocks of {block}, which share a scale",
+                _divides(width // block),
+            )
+        _require(mesh, name, width, shown, fits)
+
+
+def _shards(mesh: Mesh | AbstractMesh, name: str) -> int:
+    """Parts into which a mesh cuts a logical axis."""
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(name))
 
 
 def _divides(size: int) -> Callable[[int], bool]:
@@ -48,7 +62,7 @@ def _divides(size: int) -> Callable[[int], bool]:
 
 def _require(mesh: Mesh | AbstractMesh, name: str, most: int, shown: str, fits: Callable[[int], bool]) -> None:
     sizes = {axis: mesh.shape[axis] for axis in mesh_axes(name)}
-    parts = math.prod(sizes.values())
+    parts = _shards(mesh, name)
     if fits(parts):
         return
     cutting = {axis: size for axis, size in sizes.items() if size > 1}

@@ -183,6 +183,11 @@ def recipe(name: str, model: ModelConfig | None = None, exclude: str = "", *, ke
     return Recipe("bfloat16", (*excluded, *_rules(name, model)))
 
 
+def block_of(name: str) -> int:
+    """Elements that share a scale in the quantised matmuls of a recipe; 1 of others."""
+    return MULTIPLES[QUANTIZED[name].format] if name in QUANTIZED else 1
+
+
 def _rules(name: str, model: ModelConfig) -> Iterable[tuple[str, Precision]]:
     # Quantised operands are exact in float32 as well as in bfloat16, and the CPU multiplies float32.
     operands = "bfloat16" if jax.default_backend() == "gpu" else "float32"

@@ -34,6 +34,7 @@ from nemotron_jax.model.nemotron import Nemotron, matmul_paths
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.parallel.fit import check_batch, check_model
 from nemotron_jax.parallel.processes import AgreedStop, in_turn
+from nemotron_jax.precision.recipe import block_of
 from nemotron_jax.run_config import RunConfig, differing_keys, to_dict
 from nemotron_jax.training import workdir as workdirs
 from nemotron_jax.training.metrics import METRICS_FILE, MetricsLog, read_rows
@@ -321,7 +322,7 @@ class Run:
 
 def check_mesh(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises ConfigError when the model, a microbatch or a row does not divide over the mesh."""
-    check_model(config.model, mesh)
+    check_model(config.model, mesh, block_of(config.precision.recipe))
     check_batch(
         config.model,
         mesh,

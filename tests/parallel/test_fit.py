@@ -12,6 +12,7 @@ from nemotron_jax.config import PRESETS
 from nemotron_jax.errors import ConfigError
 from nemotron_jax.parallel.fit import check_batch, check_model
 from nemotron_jax.parallel.mesh import make_mesh
+from nemotron_jax.precision.recipe import block_of
 from nemotron_jax.run_config import ParallelConfig
 from tests.tiny import TINY
 
@@ -127,3 +128,15 @@ def test_the_command_says_so_and_exits_2(tmp_path):
     done = train("--config.parallel.fsdp=3")
     assert done.returncode == 2 and "there are 8" in done.stderr and "such as fsdp=2" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_blocks_of_a_quantised_expert_stay_on_a_device():
+    """Half of 48 channels is a block and a half of NVFP4."""
+    model = dataclasses.replace(TINY, moe=dataclasses.replace(TINY.moe, intermediate_size=48))
+    with pytest.raises(
+        ConfigError, match=r"tensor=2 .*intermediate_size \(48\) into parts of whole blocks of 16, .* 1, 3"
+    ):
+        check_model(model, mesh(tensor=2), block_of("nvfp4"))
+    check_model(model, mesh(tensor=2), block_of("fp8"))
+    check_model(model, mesh(tensor=2), block_of("bfloat16"))
+    check_model(model, mesh(fsdp=2), block_of("nvfp4"))
