@@ -233,7 +233,7 @@ def _values_and_gradients(
     length = _chunk_length(batch, time, vocabulary.size, max_logits)
     gemm = functools.partial(lax.dot_general, precision=gemm_precision(operands), preferred_element_type=jnp.float32)
 
-    def chunk(inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+    def chunk(d_weight: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         hidden_BCD, targets_BC, d_BC = inputs
         logits_BCV = head_logits(hidden_BCD, whole)
         chosen_BC, lse_BC = vocabulary.chosen_and_lse(logits_BCV, targets_BC)
@@ -241,18 +241,10 @@ def _values_and_gradients(
         d_logits_BCV = d_BC[..., None] * (is_target_BCV - jnp.exp(logits_BCV - lse_BC[..., None]))
         d_logits_BCV = d_logits_BCV.astype(operands)
         d_hidden_BCD = gemm(d_logits_BCV, whole, (((2,), (1,)), ((), ())))
-        d_weight = gemm(hidden_BCD, d_logits_BCV, (((0, 1), (0, 1)), ((), ())))
+        d_weight += gemm(hidden_BCD, d_logits_BCV, (((0, 1), (0, 1)), ((), ())))
         return d_weight, (chosen_BC - lse_BC, d_hidden_BCD.astype(operands))
 
-    def add_chunk(total: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        d_weight, outputs = chunk(inputs)
-        return total + d_weight, outputs
-
-    # The sum starts with the first chunk's: zeros would be written and read, as much as a chunk's logits. XLA:GPU would
-    # put off what becomes of that chunk's logprobs, and keep its logits beside those of the others.
     inputs = tuple(_chunks(x, length) for x in (hidden_BTD, targets_BT, d_BT))
-    d_weight, first = lax.optimization_barrier(chunk(tuple(x[0] for x in inputs)))
-    d_weight, others = lax.scan(add_chunk, d_weight, tuple(x[1:] for x in inputs))
-    logprobs, d_hidden = (jnp.concatenate([one[None], more]) for one, more in zip(first, others, strict=True))
+    d_weight, (logprobs, d_hidden) = lax.scan(chunk, jnp.zeros(whole.shape, jnp.float32), inputs)
     d_weight = scattered(d_weight, _WEIGHT, weight, shape).astype(weight.dtype)
     return _join(logprobs, time), _join(d_hidden, time), d_weight
