@@ -10,7 +10,7 @@ Command:  python configs/ablations/compare.py --config=configs/ablations/nvfp4_h
           and again with --recipes=bfloat16,nvfp4,nvfp4-no-sr,nvfp4-no-rht,nvfp4-1d-weights,nvfp4-all-layers
 Hardware: one H200
 Time:     not run yet
-Result:   not run yet. The report on NVFP4 (arXiv 2512.20856, 2.4) gives a gap below 1 % at Nano's scale, and about 3
+Result:   not run yet. The white paper (arXiv 2512.20856, 2.4) gives a gap below 1 % at Nano's scale, and about 3
           times the zero gradients of bfloat16 (Super report, 2.2)
 """
 

@@ -86,7 +86,8 @@ def _matmul(x_MK: Array, w_KN: Array, seed: Array, probe: Array | None, precisio
 
 def _forward(x_MK: Array, w_KN: Array, precision: Precision) -> tuple[Array, Array]:
     """The product, and COUNTS of x and w."""
-    x, w = quantize_rows(x_MK, precision), _weight(w_KN.T, precision)
+    with jax.named_scope("fprop"):
+        x, w = quantize_rows(x_MK, precision), _weight(w_KN.T, precision)
     return _product(x, w, ((1,), (1,)), precision).astype(x_MK.dtype), jnp.stack([x.counts, w.counts])
 
 
@@ -100,13 +101,15 @@ def _matmul_fwd(
 def _matmul_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> tuple[Array, Array, None, Array | None]:
     x_MK, w_KN, seed, forward = saved
     bits = _bits(precision, seed, DGRAD, _places(dy_MN), dy_MN.shape[1])
-    dy = quantize_rows(dy_MN, precision, bits)
+    with jax.named_scope("dgrad"):
+        dy, w = quantize_rows(dy_MN, precision, bits), _weight(w_KN, precision)
     counts = [dy.counts]
-    dx = _product(dy, _weight(w_KN, precision), ((1,), (1,)), precision)
+    dx = _product(dy, w, ((1,), (1,)), precision)
     padding = ((0, -len(x_MK) % _block(precision)), (0, 0))
     x_MK, dy_MN = jnp.pad(x_MK, padding), jnp.pad(dy_MN, padding)
-    x = quantize_tokens(x_MK, precision)
-    dy = quantize_tokens(dy_MN, precision, _bits(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1]))
+    bits = _bits(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1])
+    with jax.named_scope("wgrad"):
+        x, dy = quantize_tokens(x_MK, precision), quantize_tokens(dy_MN, precision, bits)
     dw = _product(x, dy, ((0,), (0,)), precision)
     counts += [x.counts, dy.counts]
     return dx.astype(x_MK.dtype), dw.astype(w_KN.dtype), None, _of_probe(forward, counts)
@@ -132,6 +135,7 @@ def _block(precision: Precision) -> int:
     return max(16, MULTIPLES[precision.format])
 
 
+@jax.named_scope("weight")
 def _weight(w_NK: Array, precision: Precision, amax: Array | None = None) -> Operand:
     """Quantised along its last axis; ``amax`` float32 []; None: of what is here."""
     if precision.format == "nvfp4":
@@ -145,6 +149,7 @@ def _nvfp4_operand(z: Array, quantized: NVFP4, precision: Precision) -> Operand:
     return _operand(z, quantized.operand(precision.operands), quantized.global_scale(), limit)
 
 
+@jax.named_scope("rows")
 def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, amax: Array | None = None) -> Operand:
     """Blocks along the last axis.
 
@@ -170,6 +175,7 @@ def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, 
     return _operand(z_MK, values, one.scale, jnp.float32(448))
 
 
+@jax.named_scope("tokens")
 def quantize_tokens(
     z_MK: Array,
     precision: Precision,
@@ -247,8 +253,9 @@ def _experts(
 
 
 def _experts_forward(x_MK: Array, w_EKN: Array, group_sizes: Array, precision: Precision) -> tuple[Array, Array]:
-    w = _expert_weights(jnp.swapaxes(w_EKN, 1, 2), precision)
-    y, x_counts = _grouped(x_MK, w, group_sizes, precision, over=precision.cut.rows + precision.cut.inputs)
+    with jax.named_scope("fprop"):
+        w = _expert_weights(jnp.swapaxes(w_EKN, 1, 2), precision)
+        y, x_counts = _grouped(x_MK, w, group_sizes, precision, over=precision.cut.rows + precision.cut.inputs)
     return y, jnp.stack([x_counts, w.counts])
 
 
@@ -270,8 +277,9 @@ def _experts_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> 
     experts = len(w_EKN)
     bits = _bits(precision, seed, DGRAD, entry_M, dy_MN.shape[1])
     over_x, over_dy = (precision.cut.rows + axes for axes in (precision.cut.inputs, precision.cut.outputs))
-    weights = _expert_weights(w_EKN, precision)
-    dx, dy_counts = _grouped(dy_MN, weights, group_sizes, precision, bits, over=over_dy)
+    with jax.named_scope("dgrad"):
+        weights = _expert_weights(w_EKN, precision)
+        dx, dy_counts = _grouped(dy_MN, weights, group_sizes, precision, bits, over=over_dy)
     place_M, sizes, block_expert, rows = _whole_blocks(group_sizes, len(x_MK), _block(precision))
 
     def padded(z: Array) -> Array:
@@ -279,8 +287,9 @@ def _experts_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> 
 
     bits = _bits(precision, seed, WGRAD, entry_M, dy_MN.shape[1])
     bits = None if bits is None else padded(bits)
-    x = quantize_tokens(padded(x_MK), precision, None, block_expert, experts, over_x)
-    dy = quantize_tokens(padded(dy_MN), precision, bits, block_expert, experts, over_dy)
+    with jax.named_scope("wgrad"):
+        x = quantize_tokens(padded(x_MK), precision, None, block_expert, experts, over_x)
+        dy = quantize_tokens(padded(dy_MN), precision, bits, block_expert, experts, over_dy)
     zeros = jnp.zeros(w_EKN.shape, precision.operands)
     _, pull = jax.vjp(lambda w: grouped_matmul(x.values, w, sizes), zeros)
     dw = pull(dy.values)[0].astype(jnp.float32) * (x.scale * dy.scale)[:, None, None]

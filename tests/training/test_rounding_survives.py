@@ -1,0 +1,81 @@
+"""A whole step of NVFP4 training, compiled for an H200: each operand of each product is still rounded in it.
+
+XLA:GPU deletes a cast to a small format and back. The program is searched for what rounding is made of, by the scopes
+of precision/quantized.py. Needs the compiler for GPUs, not a GPU (`make compile-gpu` brings it).
+"""
+
+import dataclasses
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels.nvfp4
+from nemotron_jax.parallel.mesh import batch_sharding, make_mesh
+from nemotron_jax.run_config import PrecisionConfig
+from nemotron_jax.training.state import TrainSetup
+from nemotron_jax.training.step import make_train_step
+from pallas_kernels import aot
+from tests.pallas_kernels.test_rounding_survives import compiler
+from tests.tiny import random_batch, tiny_run
+from tests.training.test_quantised_training import MODEL
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not compiler(), reason="no compiler for GPUs is installed")]
+
+# NVFP4: in_proj, up and down of experts and of the shared expert, each in one layer. MXFP8: out_proj in one layer.
+NVFP4_MATMULS = 5
+
+
+def found_in_a_step():
+    """{(product, operand): Counter of the instructions within its scope}."""
+    config = dataclasses.replace(tiny_run(model=MODEL), precision=PrecisionConfig("nvfp4"))
+    setup = TrainSetup(config, make_mesh(config.parallel, aot.devices("h200")))
+    batch = jax.tree.map(
+        lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=batch_sharding(setup.mesh)),
+        random_batch(np.random.default_rng(0)),
+    )
+    with aot.compiling_for("h200"), jax.set_mesh(setup.mesh):
+        text = make_train_step(setup).lower(setup.abstract_state(), batch).compile().as_text()
+    found: dict[tuple[str, str], Counter] = {}
+    for kind, operation, name in re.findall(r"= (\w+)\[[^\n]*? ([\w-]+)\([^\n]*op_name=\"([^\"]*)\"", text):
+        scope = re.search(r"(fprop|dgrad|wgrad)\b.*?\b(weight|rows|tokens)\b", name)
+        if scope:
+            found.setdefault(scope.groups(), Counter())[kind, operation] += 1
+    return found
+
+
+def test_each_operand_is_rounded():
+    found = found_in_a_step()
+    assert set(found) >= {
+        ("fprop", "rows"),
+        ("fprop", "weight"),
+        ("dgrad", "rows"),
+        ("dgrad", "weight"),
+        ("wgrad", "tokens"),
+    }
+    for scope, instructions in found.items():
+        operands = NVFP4_MATMULS * (2 if scope == ("wgrad", "tokens") else 1)
+        # A code is the sum of seven comparisons with the borders between values, and of a sign where there is one.
+        assert instructions["u8", "add"] >= 6 * operands, scope
+        # And the scales of blocks are rounded to e4m3; in MXFP8 the elements are.
+        assert instructions["f32", "round-nearest-even"] >= operands, scope
+    for scope in (("dgrad", "rows"), ("wgrad", "tokens")):  # gradients: stochastically
+        assert found[scope]["f32", "floor"] >= NVFP4_MATMULS
+
+
+def test_this_would_show_it(monkeypatch):
+    """Codes by a cast: the pair of casts is deleted, and with it what the first test looks for."""
+
+    def code(x):
+        return jax.lax.bitcast_convert_type(x.astype(jnp.float4_e2m1fn), jnp.uint4).astype(jnp.uint8)
+
+    monkeypatch.setattr(pallas_kernels.nvfp4, "e2m1_nearest_code", code)
+    jax.clear_caches()
+    try:
+        for scope, instructions in found_in_a_step().items():
+            assert instructions["u8", "add"] < 6, scope
+    finally:
+        jax.clear_caches()
