@@ -29,9 +29,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nemotron_jax.precision.formats import hadamard16, quantize_fp8, quantize_mxfp8, quantize_nvfp4
+from nemotron_jax.precision.formats import quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
 from pallas_kernels import floats, grouped_matmul
+from pallas_kernels.nvfp4 import global_scale, hadamard16_of, nvfp4_operand
 
 DGRAD, WGRAD = 1, 2  # which product random bits are for
 
@@ -103,9 +104,11 @@ def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, 
     """
     dtype = precision.operands
     if precision.format == "nvfp4":
-        rounding = "nearest" if bits is None else "stochastic"
-        quantized = quantize_nvfp4(z_MK, rounding=rounding, bits=bits, amax=amax)
-        return Operand(quantized.operand(dtype), quantized.global_scale())
+        amax = floats.absolute_max(z_MK) if amax is None else amax
+        blocks = (len(z_MK), -1, 16)
+        bits = None if bits is None else bits.reshape(blocks)
+        values = nvfp4_operand(z_MK.reshape(blocks), amax[..., None], axis=2, bits=bits, dtype=dtype)
+        return Operand(values.reshape(z_MK.shape), global_scale(amax))
     if precision.format == "mxfp8":
         return Operand(quantize_mxfp8(z_MK).dequantize(dtype), jnp.float32(1))
     if amax is not None and amax.ndim:
@@ -124,21 +127,29 @@ def quantize_tokens(
       block_expert: int32 [M / S], the expert of each block, for an amax (and scale [E]) of each; None: one tensor.
     """
     size = _block(precision)
-    z_BKS = jnp.swapaxes(z_MK.reshape(-1, size, z_MK.shape[1]), 1, 2)
-    if bits is not None:
-        bits = jnp.swapaxes(bits.reshape(-1, size, z_MK.shape[1]), 1, 2).reshape(-1, size)
-    rows = z_BKS.reshape(-1, size)
+    z_BSK = z_MK.reshape(-1, size, z_MK.shape[1])
     if precision.format == "nvfp4" and precision.hadamard:
-        rows = hadamard16(rows)
+        z_BSK = hadamard16_of([z_BSK[:, i] for i in range(size)], axis=1)
     if block_expert is None:
-        operand = quantize_rows(rows, precision, bits)
+        amax = floats.absolute_max(z_BSK)
+        amax_B = amax[None]
+    else:
+        amax_E = jnp.zeros(experts, jnp.float32)
+        amax_E = amax_E.at[block_expert].max(floats.absolute_max(z_BSK, axis=(1, 2)), mode="drop")
+        amax_B = amax_E[jnp.minimum(block_expert, experts - 1)]
+    if precision.format == "nvfp4":
+        bits = None if bits is None else bits.reshape(z_BSK.shape)
+        dtype = precision.operands
+        values = nvfp4_operand(z_BSK, amax_B[:, None, None], axis=1, bits=bits, dtype=dtype).reshape(z_MK.shape)
+        return Operand(values, global_scale(amax) if block_expert is None else global_scale(amax_E))
+    z_BKS = jnp.swapaxes(z_BSK, 1, 2)
+    rows = z_BKS.reshape(-1, size)
+    if block_expert is None:
+        operand = quantize_rows(rows, precision)
         scale = operand.scale
     else:
-        amax_B = floats.absolute_max(rows.reshape(z_BKS.shape), axis=(1, 2))
-        amax_E = jnp.zeros(experts, jnp.float32).at[block_expert].max(amax_B, mode="drop")
-        amax = amax_E[jnp.minimum(block_expert, experts - 1)][:, None]
-        amax = jnp.broadcast_to(amax, (len(amax), z_MK.shape[1])).reshape(-1, 1)
-        operand = quantize_rows(rows, precision, bits, amax)
+        amax = jnp.broadcast_to(amax_B[:, None], z_BKS.shape[:2]).reshape(-1, 1)
+        operand = quantize_rows(rows, precision, None, amax)
         scale = _scale_of(amax_E, precision)
     values = jnp.swapaxes(operand.values.reshape(z_BKS.shape), 1, 2).reshape(z_MK.shape)
     return Operand(values, scale)
