@@ -66,21 +66,27 @@ class NVFP4:
 
     def global_scale(self) -> Array:
         """amax / (6 bound), which `operand` leaves out: float32 like amax."""
-        scale, tiny = self._lifted_global_scale()
-        return jnp.where(tiny, floats.lowered(scale), scale)
+        return global_scale(self.amax, self.bound)
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Array:
         """[..., n]; rounded once, to float32, before the cast."""
-        scale, tiny = self._lifted_global_scale()
+        scale, tiny = _lifted_global_scale(self.amax, self.bound)
         if scale.ndim == self.codes.ndim - 1 and scale.ndim:
             scale, tiny = scale[..., None], tiny[..., None]
         values = self.operand(jnp.float32) * scale
         return jnp.where(tiny, floats.lowered(values), values).astype(dtype)
 
-    def _lifted_global_scale(self) -> tuple[Array, Array]:
-        """The global scale, 2^96 times as large where amax is tiny and products with it might be subnormal."""
-        amax, tiny = _lifted_if_tiny(self.amax)
-        return floats.divide_by(amax, E2M1_MAX * self.bound), tiny
+
+def global_scale(amax: Array, bound: int = 448) -> Array:
+    """amax / (6 bound), float32 like amax."""
+    scale, tiny = _lifted_global_scale(amax, bound)
+    return jnp.where(tiny, floats.lowered(scale), scale)
+
+
+def _lifted_global_scale(amax: Array, bound: int) -> tuple[Array, Array]:
+    """The global scale, 2^96 times as large where amax is tiny and products with it might be subnormal."""
+    amax, tiny = _lifted_if_tiny(amax)
+    return floats.divide_by(amax, E2M1_MAX * bound), tiny
 
 
 def _lifted_if_tiny(amax: Array) -> tuple[Array, Array]:
@@ -138,6 +144,31 @@ def quantize_nvfp4(
     return NVFP4(pack(codes.reshape(x.shape)), floats.as_e4m3(scales), amax, bound)
 
 
+def nvfp4_operand(
+    x: Array, amax: Array, *, axis: int, bits: Array | None = None, dtype: DTypeLike
+) -> tuple[Array, Array]:
+    """What `quantize_nvfp4(...).operand` is, without codes in between and with blocks along any axis.
+
+    Packed codes would be written and read again, and blocks that do not lie along the last axis transposed twice.
+
+    Args:
+      x: a block is the elements along ``axis``, which has 16.
+      amax: float32, to broadcast against x with that axis of size 1.
+      bits: uint8 like x, for stochastic rounding; None: to nearest.
+
+    Returns:
+      code * scale, like x, in ``dtype``; and the scales of the blocks, float32, with that axis of size 1.
+    """
+    x = x.astype(jnp.float32)
+    encode = _encode_scale(amax, E2M1_MAX * 448)
+    largest = floats.absolute_max(x, axis=axis, keepdims=True)
+    scales = floats.e4m3_code(jnp.minimum(floats.product(largest, encode * jnp.float32(1 / 6)), 448.0))
+    scaled = floats.product(x, _block_encode(scales, encode))
+    codes = e2m1_nearest_code(scaled) if bits is None else _stochastic_code(scaled, bits)
+    values = floats.e4m3_value(scales)
+    return (e2m1_value(codes) * values).astype(dtype), values
+
+
 def _rows(amax: Array, shape: tuple[int, ...]) -> Array:
     """amax as [] or [..., 1], ready for the blocks of each row."""
     if amax.size == 1:
@@ -185,18 +216,33 @@ def hadamard16(x: Array) -> Array:
 
     The terms are exact and added in order, so that every backend gives the same bits.
     """
+    blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
+    return hadamard16_of([blocks[..., i] for i in range(BLOCK)], axis=-1).reshape(x.shape)
+
+
+def hadamard16_of(parts: list[Array], axis: int) -> Array:
+    """The transform of 16 arrays, element by element; the results are stacked along a new axis.
+
+    Arrays that are rows of memory, not columns, make this one pass over it.
+    """
     signs = np.array([1.0])
     for _ in range(4):
         signs = np.block([[signs, signs], [signs, -signs]])
-    matrix = (np.array(SIGNS)[:, None] * signs / 4).astype(np.float32)
-    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, BLOCK)
-    small = floats.absolute_max(blocks, axis=-1, keepdims=True) < 2.0**20
-    blocks = jnp.where(small, floats.lifted(jnp.where(small, blocks, 0)), blocks)
-    out = blocks[..., :1] * matrix[0]
-    for i in range(1, BLOCK):
-        out = out + blocks[..., i : i + 1] * matrix[i]
-    out = jnp.where(small, floats.lowered(out), out).reshape(x.shape)
-    return floats.to_bfloat16(out) if x.dtype == jnp.bfloat16 else out.astype(x.dtype)
+    positive = np.array(SIGNS)[:, None] * signs > 0
+    dtype = parts[0].dtype
+    wide = [part.astype(jnp.float32) for part in parts]
+    largest = functools.reduce(jnp.maximum, [floats.bits_of(part) & jnp.uint32(0x7FFFFFFF) for part in wide])
+    small = floats.float_of(largest) < 2.0**20
+    # The quarters are taken inside: XLA would turn a/4 + b/4 into (a + b)/4, which overflows before it does.
+    wide = [jnp.where(small, floats.lifted(jnp.where(small, part, 0)) * 0.25, part * 0.25) for part in wide]
+    results = []
+    for column in positive.T:
+        out = wide[0] if column[0] else -wide[0]
+        for part, plus in zip(wide[1:], column[1:], strict=True):
+            out = out + part if plus else out - part
+        out = jnp.where(small, floats.lowered(out), out)
+        results.append(floats.to_bfloat16(out) if dtype == jnp.bfloat16 else out.astype(dtype))
+    return jnp.stack(results, axis)
 
 
 def _block_amax(x_blocks: Array, block: str) -> Array:

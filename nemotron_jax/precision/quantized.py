@@ -31,9 +31,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nemotron_jax.precision.formats import NVFP4, hadamard16, quantize_fp8, quantize_mxfp8, quantize_nvfp4
+from nemotron_jax.precision.formats import NVFP4, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
 from pallas_kernels import floats, grouped_matmul
+from pallas_kernels.nvfp4 import global_scale, hadamard16_of, nvfp4_operand
 
 DGRAD, WGRAD = 1, 2  # which product random bits are for
 
@@ -149,6 +150,12 @@ def _nvfp4_operand(z: Array, quantized: NVFP4, precision: Precision) -> Operand:
     return _operand(z, quantized.operand(precision.operands), quantized.global_scale(), limit)
 
 
+def _blocks(z: Array, amax: Array, axis: int, bits: Array | None, precision: Precision) -> Operand:
+    """NVFP4 with blocks of the 16 elements along an axis; ``amax`` float32, to broadcast against z."""
+    values, scales = nvfp4_operand(z, amax, axis=axis, bits=bits, dtype=precision.operands)
+    return _operand(z, values, global_scale(amax), 6 * scales)
+
+
 @jax.named_scope("rows")
 def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, amax: Array | None = None) -> Operand:
     """Blocks along the last axis.
@@ -159,9 +166,11 @@ def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, 
     """
     dtype = precision.operands
     if precision.format == "nvfp4":
-        rounding = "nearest" if bits is None else "stochastic"
-        quantized = quantize_nvfp4(z_MK, rounding=rounding, bits=bits, amax=amax)
-        return _nvfp4_operand(z_MK, quantized, precision)
+        amax = floats.absolute_max(z_MK) if amax is None else amax
+        blocks = (len(z_MK), -1, 16)
+        bits = None if bits is None else bits.reshape(blocks)
+        operand = _blocks(z_MK.reshape(blocks), amax[..., None], 2, bits, precision)
+        return Operand(operand.values.reshape(z_MK.shape), global_scale(amax), operand.counts)
     if precision.format == "mxfp8":
         mx = quantize_mxfp8(z_MK)
         limit = 448 * floats.float_of(mx.scales.astype(jnp.uint32) << 23)
@@ -191,21 +200,29 @@ def quantize_tokens(
       over: mesh axes over which devices hold other parts of the experts' tensors.
     """
     size = _block(precision)
-    z_BKS = jnp.swapaxes(z_MK.reshape(-1, size, z_MK.shape[1]), 1, 2)
-    if bits is not None:
-        bits = jnp.swapaxes(bits.reshape(-1, size, z_MK.shape[1]), 1, 2).reshape(-1, size)
-    rows = z_BKS.reshape(-1, size)
+    z_BSK = z_MK.reshape(-1, size, z_MK.shape[1])
     if precision.format == "nvfp4" and precision.hadamard:
-        rows = hadamard16(rows)
+        z_BSK = hadamard16_of([z_BSK[:, i] for i in range(size)], axis=1)
     if block_expert is None:
-        operand = quantize_rows(rows, precision, bits)
+        amax = floats.absolute_max(z_BSK)
+        amax_B = amax[None]
+    else:
+        amax_E = jnp.zeros(experts, jnp.float32)
+        amax_E = _of_all(amax_E.at[block_expert].max(floats.absolute_max(z_BSK, axis=(1, 2)), mode="drop"), over)
+        amax_B = amax_E[jnp.minimum(block_expert, experts - 1)]
+    if precision.format == "nvfp4":
+        bits = None if bits is None else bits.reshape(z_BSK.shape)
+        operand = _blocks(z_BSK, amax_B[:, None, None], 1, bits, precision)
+        scale = global_scale(amax if block_expert is None else amax_E)
+        return Operand(operand.values.reshape(z_MK.shape), scale, operand.counts)
+    z_BKS = jnp.swapaxes(z_BSK, 1, 2)
+    rows = z_BKS.reshape(-1, size)
+    if block_expert is None:
+        operand = quantize_rows(rows, precision)
         scale = operand.scale
     else:
-        amax_B = floats.absolute_max(rows.reshape(z_BKS.shape), axis=(1, 2))
-        amax_E = _of_all(jnp.zeros(experts, jnp.float32).at[block_expert].max(amax_B, mode="drop"), over)
-        amax = amax_E[jnp.minimum(block_expert, experts - 1)][:, None]
-        amax = jnp.broadcast_to(amax, (len(amax), z_MK.shape[1])).reshape(-1, 1)
-        operand = quantize_rows(rows, precision, bits, amax)
+        amax = jnp.broadcast_to(amax_B[:, None], z_BKS.shape[:2]).reshape(-1, 1)
+        operand = quantize_rows(rows, precision, None, amax)
         scale = _scale_of(amax_E, precision)
     values = jnp.swapaxes(operand.values.reshape(z_BKS.shape), 1, 2).reshape(z_MK.shape)
     return Operand(values, scale, operand.counts)

@@ -8,7 +8,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.nvfp4 import NVFP4, hadamard16, pack, quantize_nvfp4, round_e2m1_stochastic, unpack
+from pallas_kernels import floats
+from pallas_kernels.nvfp4 import (
+    NVFP4,
+    hadamard16,
+    hadamard16_of,
+    nvfp4_operand,
+    pack,
+    quantize_nvfp4,
+    round_e2m1_stochastic,
+    unpack,
+)
 from tests.pallas_kernels import nvfp4_oracle as oracle
 
 TENSORS = oracle.tensors()
@@ -249,3 +259,27 @@ BITS = jnp.zeros((32, 32), jnp.uint8)
 def test_refused(options, message):
     with pytest.raises(ValueError, match=message):
         quantize_nvfp4(options.pop("x", X), **options)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_operands_without_codes_are_those_of_the_codes(axis, rounding):
+    """Along either axis, with an amax of each row of blocks; zeros, outliers, NaN and subnormal numbers among them."""
+    rng = np.random.default_rng(5)
+    x = (rng.normal(size=(6, 16, 16)) * np.array([1, 1e-41, 0, 1e30, 1e-6, 1])[:, None, None]).astype(np.float32)
+    x[0, 3, 4], x[5, 2, 1] = 1e4, np.nan
+    x = jnp.asarray(x)
+    bits = jnp.asarray(rng.integers(0, 256, x.shape, dtype=np.uint8)) if rounding == "stochastic" else None
+    amax = floats.absolute_max(x, axis=(1, 2), keepdims=True)
+    got, _ = nvfp4_operand(x, amax, axis=axis, bits=bits, dtype=jnp.float32)
+    last, last_bits = (z if z is None or axis == 2 else jnp.swapaxes(z, 1, 2) for z in (x, bits))
+    amax = jnp.broadcast_to(amax, (6, 16, 1))
+    want = quantize_nvfp4(last, rounding=rounding, bits=last_bits, amax=amax).operand(jnp.float32)
+    np.testing.assert_array_equal(got, want if axis == 2 else jnp.swapaxes(want, 1, 2))
+    assert (np.asarray(got)[0] != 0).any() and np.isnan(np.asarray(got)[5]).all()
+
+
+def test_hadamard_of_rows():
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(3, 16, 5)), jnp.bfloat16)
+    got = hadamard16_of([x[:, i] for i in range(16)], axis=1)
+    np.testing.assert_array_equal(got, jnp.swapaxes(hadamard16(jnp.swapaxes(x, 1, 2)), 1, 2))
