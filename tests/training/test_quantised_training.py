@@ -95,7 +95,10 @@ def test_statistics_are_logged():
     for name in quantised:
         assert logged[f"non_finite/{name}"] == 0
         for operand in OPERANDS:
-            assert 0 <= logged[f"flushed/{name}/{operand}"] < 1 and 0 <= logged[f"saturated/{name}/{operand}"] < 0.1
+            # Half of the blocks have a scale that was rounded down, so that their largest element is above it; that
+            # is most of a block where few tokens came to an expert, which the Hadamard transform makes all alike.
+            most = 0.5 if operand.endswith("tokens") else 0.1
+            assert 0 <= logged[f"flushed/{name}/{operand}"] < 1 and 0 <= logged[f"saturated/{name}/{operand}"] < most
         # In a block some elements are much smaller than the largest. MXFP8 keeps these.
         assert (logged[f"flushed/{name}/x"] > 0.02) == (name != "out_proj")
     weights = {name.split("/", 1)[1] for name in logged if name.startswith("zero_gradients/")}
