@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +47,7 @@ from nemotron_jax.training.state import TrainSetup
 from nemotron_jax.training.step import make_train_step
 from pallas_kernels import aot, dispatch
 
+COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|ragged-all-to-all|reduce-scatter"
 WARM_UP = 2  # steps that are not counted, each run alone
 
 
@@ -147,6 +150,8 @@ def run(what: str, work: Workload) -> dict[str, Any]:
                 for name in ("argument", "output", "alias", "temp")
             },
         }
+    if len(devices) > 1:  # one in a scanned layer counts once
+        result["collectives"] = dict(Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", compiled.as_text())))
     if what == "train":
         result |= {"optimizer": work.optimizer, "remat": work.remat, "documents": work.documents}
         result |= {"stack_layers": work.parallel.stack_layers}

@@ -40,6 +40,7 @@ def test_a_command_prints_one_object(capfd, monkeypatch, what: str):
     result = json.loads(capfd.readouterr().out)
     assert result["bench"] == what
     assert result["devices"] == "8 x cpu" and result["mesh"] == "data=4, fsdp=2"
+    assert result["collectives"]["all-gather"] > 0
     tokens = 8 if what == "decode" else 8 * 32
     assert result["tokens_per_second"] == pytest.approx(1e3 * tokens / result["step_ms"], rel=0.01)
     assert 0 < result["step_ms_min"] <= result["step_ms"] and result["steps"] == 2
@@ -153,3 +154,8 @@ def test_sizes_that_do_not_fit():
 def test_a_target_without_its_compiler_says_what_is_missing():
     with pytest.raises(UserError, match="jax-cuda13-plugin and jax-cuda13-pjrt, which `make compile-gpu` installs"):
         bench.run("train", dataclasses.replace(WORK, target="h200"))
+
+
+def test_stacked_layers_are_a_view_of_the_whole_step():
+    with pytest.raises(UserError, match="--optimizer"):
+        front.run(["bench", "train", "--preset=nano", "--stack-layers"])
