@@ -294,7 +294,8 @@ class _Weights:
         return nnx.from_flat_state(flat), buffers
 
     def shapes(self) -> tuple[nnx.State, nnx.State]:
-        return meshes.placed(jax.eval_shape(self._init), self.mesh)
+        shapes = jax.eval_shape(self._init)
+        return meshes.placed(shapes, meshes.shardings(shapes, self.mesh))
 
     def make(self) -> tuple[nnx.State, nnx.State]:
         return jax.jit(self._init, out_shardings=meshes.shardings(jax.eval_shape(self._init), self.mesh))()
@@ -303,10 +304,6 @@ class _Weights:
 def _is_matrix(path: tuple[Any, ...], leaf: nnx.Variable) -> bool:
     """All but vectors and the router, which is float32 in every recipe."""
     return leaf.get_value().ndim > 1 and "gate" not in path
-
-
-def _with_shardings(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def _size(tree: Any) -> int:
@@ -429,7 +426,7 @@ def _inference(work: Workload, mesh: Mesh, *, length: int, filled: int, room: in
     input_shapes = jax.eval_shape(inputs)
     return Program(
         step=jax.jit(step, donate_argnums=(3,) if decoding else ()),
-        shapes=(*shapes, *_with_shardings(input_shapes, jax.tree.map(lambda _: rows, input_shapes))),
+        shapes=(*shapes, *meshes.placed(input_shapes, jax.tree.map(lambda _: rows, input_shapes))),
         start=lambda: (*weights.make(), *jax.jit(inputs, out_shardings=rows)()),
         following=lambda arguments, results: (*arguments[:2], *results) if decoding else arguments,
         mark=lambda results: results[0],

@@ -140,7 +140,7 @@ class ParallelConfig:
     stack_layers: bool = False
 
     def __post_init__(self) -> None:
-        axes = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.type == "int"}
+        axes = {name: value for name, value in vars(self).items() if name != "stack_layers"}
         for name, value in axes.items():
             _check(value > 0 or value == -1, f"parallel.{name} must be positive or -1, got {value}.")
         _check(list(axes.values()).count(-1) <= 1, f"parallel: only one axis may be -1, got {self}.")

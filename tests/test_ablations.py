@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_jax.cli import parse_train_flags
+from nemotron_jax.errors import UserError
 from nemotron_jax.model.counts import count_parameters
 from nemotron_jax.model.nemotron import abstract, matmul_paths
 from nemotron_jax.precision.recipe import recipe
@@ -61,3 +62,20 @@ def test_the_table(tmp_path):
     assert "| nvfp4 | 0 | 2.1000 | +5.00% | 2.6000 | 3.00% |" in compare.markdown(table)
     compare.plot(runs, tmp_path / "gaps.png")
     assert (tmp_path / "gaps.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--recipes=bfloat16,nvfp5", "Did you mean"),
+        ("--seeds=0,first", "whole number from 0"),
+        ("--config.train.stepz=3", "stepz"),
+        ("--recipe=nvfp4", "--recipe"),
+        ("--config.model.mamba.num_heads=3", "num_heads"),
+    ],
+)
+def test_bad_flags_stop_it_before_the_first_run(flag, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: pytest.fail("a run was started"))
+    with pytest.raises(UserError, match=message):
+        compare.compare([f"--config={CONFIGS[0]}", f"--workdir={tmp_path / 'runs'}", flag])
+    assert not list(tmp_path.iterdir())

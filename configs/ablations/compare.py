@@ -4,12 +4,12 @@ python configs/ablations/compare.py --config=configs/ablations/nvfp4_small.py --
     [--seeds=0,1] [--recipes=bfloat16,nvfp4] [--config.KEY=VALUE ...]
 
 Each run is one of train.py in DIR/RECIPE-seed-N; runs that are finished are not repeated, one that was stopped goes on.
-The first recipe is what the others are compared with. Exit codes are those of train.py.
+The first recipe is what the others are compared with. Exit codes are those of train.py; flags of all runs are read
+before the first one starts.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -22,6 +22,7 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # as train.py does by lying there
 
+from nemotron_jax.cli import Parser, main, number, parse_train_flags  # noqa: E402
 from nemotron_jax.training.metrics import METRICS_FILE, read_rows  # noqa: E402
 
 RECIPES = ("bfloat16", "nvfp4", "nvfp4-no-sr", "nvfp4-no-rht", "nvfp4-1d-weights", "nvfp4-all-layers")
@@ -30,29 +31,50 @@ ZEROS = "zero_gradients/"
 Rows = Sequence[Mapping[str, Any]]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--workdir", required=True, type=Path)
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--recipes", default=",".join(RECIPES))
-    args, flags = parser.parse_known_args()
-    runs: dict[str, dict[int, Rows]] = {}
+def compare(argv: Sequence[str]) -> int:
+    """From flags to the table; returns the exit code."""
+    parser = Parser("compare.py", __doc__)
+    parser.add_argument("--config", metavar="FILE", help="the config of all runs")
+    parser.add_argument("--workdir", metavar="DIR", help="a folder for each run, and the table")
+    seed_of = number(int, least=0, name="a whole number from 0")
+
+    def seeds_of(text: str) -> list[int]:
+        return [seed_of(part) for part in text.split(",")]
+
+    parser.add_argument("--seeds", type=seeds_of, default=[0], metavar="N,...", help="of each recipe (default: 0)")
+    parser.add_argument("--recipes", default=",".join(RECIPES), metavar="NAME,...", help="the first is the baseline")
+    args, flags = parser.parse_known_args(argv)
+    parser.require(args, "config", "workdir")
+    folder = Path(args.workdir).absolute()
+    planned: list[tuple[str, int, Path, list[str]]] = []
     for recipe in args.recipes.split(","):
-        for seed in map(int, args.seeds.split(",")):
-            workdir = args.workdir / f"{recipe}-seed-{seed}"
-            command = [sys.executable, str(ROOT / "train.py"), f"--config={args.config}", f"--workdir={workdir}"]
-            command += [f"--config.precision.recipe={recipe}", f"--config.train.seed={seed}", *flags]
-            print(" ".join(command), flush=True)
-            if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
-                return code
-            runs.setdefault(recipe, {})[seed] = read_rows(workdir / METRICS_FILE)
+        for seed in args.seeds:
+            workdir = folder / f"{recipe}-seed-{seed}"
+            arguments = [f"--config={Path(args.config).absolute()}", f"--workdir={workdir}"]
+            arguments += [f"--config.precision.recipe={recipe}", f"--config.train.seed={seed}", *flags]
+            check(arguments)
+            planned.append((recipe, seed, workdir, arguments))
+    runs: dict[str, dict[int, Rows]] = {}
+    for recipe, seed, workdir, arguments in planned:
+        print("train.py", *arguments, flush=True)
+        if code := subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], check=False).returncode:
+            return code
+        runs.setdefault(recipe, {})[seed] = read_rows(workdir / METRICS_FILE)
     table = summary(runs)
-    (args.workdir / "table.json").write_text(json.dumps(table, indent=2) + "\n")
-    (args.workdir / "table.md").write_text(markdown(table))
-    plot(runs, args.workdir / "gaps.png")
+    (folder / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    (folder / "table.md").write_text(markdown(table))
+    plot(runs, folder / "gaps.png")
     print(markdown(table))
     return 0
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Raises UserError where train.py would refuse the flags, the recipe or the sizes of the model for it."""
+    config, _, _ = parse_train_flags(arguments)
+    from nemotron_jax.model.nemotron import abstract  # after the flags: JAX takes seconds to import
+    from nemotron_jax.precision.recipe import recipe
+
+    abstract(config.model, recipe(config.precision.recipe, config.model, config.precision.exclude))
 
 
 def last_tenth(rows: Rows, key: str) -> float:
@@ -123,4 +145,4 @@ def plot(runs: Mapping[str, Mapping[int, Rows]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(compare)

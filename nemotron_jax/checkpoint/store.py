@@ -264,7 +264,7 @@ def _checksums(items: Tree) -> dict[str, int]:
     hosted = {name: leaf for name, leaf in leaves.items() if leaf.sharding.memory_kind == "pinned_host"}
     sums = _checksum_all({name: leaf for name, leaf in leaves.items() if name not in hosted})
     for name, leaf in hosted.items():
-        sums |= _checksum_all({name: jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))})
+        sums[name] = _checksum_one(jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))).block_until_ready()
     return {name: int(value) for name, value in jax.device_get(sums).items()}
 
 
@@ -287,6 +287,9 @@ def _checksum(leaf: Array) -> Array:
         position = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         weight = weight * jnp.uint32(_factor(size)) + position * jnp.uint32(2)
     return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+_checksum_one = jax.jit(_checksum)  # one program a shape, not one a name
 
 
 def _factor(size: int) -> int:

@@ -82,7 +82,7 @@ def check_batch(
       rows_name, seq_name: what the user calls them.
     """
     axes = mesh_axes("batch")
-    parts = math.prod(mesh.shape[axis] for axis in axes)
+    parts = _shards(mesh, "batch")
     if rows % parts:
         sizes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
         raise ConfigError(

@@ -154,12 +154,10 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def placed(shapes: Any, mesh: Mesh) -> Any:
-    """A tree of shapes as ShapeDtypeStructs that carry the shardings of `shardings`."""
+def placed(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes as ShapeDtypeStructs that carry these shardings."""
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings(shapes, mesh),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
     )
 
 

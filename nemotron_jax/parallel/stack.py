@@ -257,7 +257,8 @@ def unstack_to_host(stack: Stack, tree: Any) -> Any:
         assert isinstance(leaf.sharding, NamedSharding)
         names = tuple(leaf.sharding.spec)[len(positions[0]) :]
         parts = _cut_arrays(leaf, tuple(positions), _with_spec(leaf.sharding, names))
-        return [jax.device_put(part, part.sharding.with_memory_kind("pinned_host")) for part in parts]
+        hosted = [jax.device_put(part, part.sharding.with_memory_kind("pinned_host")) for part in parts]
+        return jax.block_until_ready(hosted)  # or the parts of all places would be on the devices at a time
 
     return unstacked(stack, tree, cut)
 

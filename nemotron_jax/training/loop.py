@@ -279,11 +279,13 @@ class Run:
 
     def _model_to_sample(self) -> Nemotron | None:
         """The model as one process can run it alone: where there are many, gathered on a device of each, if small."""
+        alone = jax.process_count() == 1
+        held = self.state.params, self.state.buffers["model"]
+        if not alone and sum(leaf.nbytes for leaf in jax.tree.leaves(held)) > GATHERED_BYTES:
+            return None
         model = self.setup.canonical_model(self.state)
-        if jax.process_count() > 1:
+        if not alone:
             graphdef, variables = nnx.split(model)
-            if sum(leaf.nbytes for leaf in jax.tree.leaves(variables)) > GATHERED_BYTES:
-                return None
             whole = jax.jit(lambda leaves: leaves, out_shardings=meshes.replicated(self.setup.mesh))(variables)
             model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.addressable_data(0), whole))
         return model
@@ -307,6 +309,9 @@ class Run:
                     "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)",
                     "mesh": meshes.describe(self.setup.mesh),
                     **_whole_on_each_device(self.setup),
+                    **(
+                        {"layers are kept as": self.setup.stack.spell(config.model.pattern)} if self.setup.stack else {}
+                    ),
                 },
                 "model": {
                     "layers": config.model.pattern
@@ -322,7 +327,9 @@ class Run:
 
 def check_mesh(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises ConfigError when the model, a microbatch or a row does not divide over the mesh."""
-    check_model(config.model, mesh, block_of(config.precision.recipe))
+    precision = config.precision
+    recipes = (precision.recipe, precision.switch_to) if precision.switch_at else (precision.recipe,)
+    check_model(config.model, mesh, max(map(block_of, recipes)))
     check_batch(
         config.model,
         mesh,

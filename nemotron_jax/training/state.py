@@ -115,7 +115,9 @@ class TrainSetup:
         """The model of a state with its layers as a list."""
         variables = state.params, state.buffers["model"]
         if self.stack is not None:
-            variables = jax.jit(partial(unstacked, self.stack))(variables)
+            canonical = jax.eval_shape(self._init_canonical)
+            shardings = meshes.shardings((canonical.params, canonical.buffers["model"]), self.mesh)
+            variables = jax.jit(partial(unstacked, self.stack), out_shardings=shardings)(variables)
         return nnx.merge(self._abstract[0], *variables)
 
     @cached_property
@@ -143,14 +145,15 @@ class TrainSetup:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of a state."""
-        return meshes.placed(self._shapes, self.mesh)
+        return meshes.placed(self._shapes, self.state_shardings())
 
     def state_shardings(self) -> TrainState:
         return meshes.shardings(self._shapes, self.mesh)
 
     def abstract_checkpoint(self) -> TrainState:
         """Shapes, dtypes and shardings of what checkpoints hold, for restoring one: the canonical view of a state."""
-        return meshes.placed(jax.eval_shape(self._init_canonical), self.mesh)
+        shapes = jax.eval_shape(self._init_canonical)
+        return meshes.placed(shapes, meshes.shardings(shapes, self.mesh))
 
     def to_checkpoint(self, state: TrainState) -> TrainState:
         """The canonical view; what has to be cut for it lies in the memory of the hosts."""

@@ -7,10 +7,9 @@ from collections import Counter
 import jax
 import pytest
 
+from nemotron_jax.bench import COLLECTIVES
 from nemotron_jax.parallel.mesh import make_mesh
 from nemotron_jax.run_config import ParallelConfig
-
-KINDS = "all-gather|all-reduce|all-to-all|collective-permute|ragged-all-to-all|reduce-scatter"
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def collectives(function, *arguments) -> list[tuple[str, tuple[tuple[int, ...], 
     """(kind, shapes of the results on a device) of each collective of the compiled program."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
     found = []
-    for results, kind in re.findall(rf"= (\(.*?\)|\S+) ({KINDS})(?:-start)?\(", text):
+    for results, kind in re.findall(rf"= (\(.*?\)|\S+) ({COLLECTIVES})(?:-start)?\(", text):
         dims = re.findall(r"\w+\[([\d,]*)\]", results)
         found.append((kind, tuple(tuple(map(int, filter(None, shape.split(",")))) for shape in dims)))
     return found

@@ -13,8 +13,9 @@ from nemotron_jax.errors import ConfigError
 from nemotron_jax.parallel.fit import check_batch, check_model
 from nemotron_jax.parallel.mesh import make_mesh
 from nemotron_jax.precision.recipe import block_of
-from nemotron_jax.run_config import ParallelConfig
-from tests.tiny import TINY
+from nemotron_jax.run_config import ParallelConfig, PrecisionConfig
+from nemotron_jax.training.loop import check_mesh
+from tests.tiny import TINY, tiny_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -140,3 +141,6 @@ def test_blocks_of_a_quantised_expert_stay_on_a_device():
     check_model(model, mesh(tensor=2), block_of("fp8"))
     check_model(model, mesh(tensor=2), block_of("bfloat16"))
     check_model(model, mesh(fsdp=2), block_of("nvfp4"))
+    for precision in (PrecisionConfig("nvfp4"), PrecisionConfig("fp8", switch_at=2, switch_to="nvfp4")):
+        with pytest.raises(ConfigError, match="whole blocks of 16"):
+            check_mesh(dataclasses.replace(tiny_run(model=model), precision=precision), mesh(tensor=2))

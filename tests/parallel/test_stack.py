@@ -159,13 +159,21 @@ def test_a_run_may_change_its_view(tmp_path):
     np.testing.assert_allclose(rows("two"), rows("one"), rtol=1e-5)
 
 
-def setup_of(*, stack_layers, recipe="float32", devices=1, train=None, trainable="", **axes):
+def test_a_stack_is_cut_where_either_recipe_of_a_run_cuts_it():
+    setup = setup_of(stack_layers=True, recipe="bfloat16", switch_to="nvfp4-no-sr")
+    assert setup.stack == setup_of(stack_layers=True, recipe="nvfp4-no-sr").stack
+    assert [part.stack for _, part in setup.phases] == [setup.stack] * 2
+
+
+def setup_of(*, stack_layers, recipe="float32", switch_to="", devices=1, train=None, trainable="", **axes):
     config = tiny_run(
         model=MODEL,
         data={"seq_len": 16},
         train={"global_batch_size": 8, "steps": 4, "trainable": trainable, **(train or {})},
         optimizer={"clip": 1e9},
         parallel={"data": 1, **axes, "stack_layers": stack_layers},
+        log={"zero_gradients": True},
     )
-    config = dataclasses.replace(config, precision=PrecisionConfig(recipe))
+    switch = {"switch_at": 2, "switch_to": switch_to} if switch_to else {}
+    config = dataclasses.replace(config, precision=PrecisionConfig(recipe, **switch))
     return TrainSetup(config, make_mesh(config.parallel, jax.devices()[:devices]))
