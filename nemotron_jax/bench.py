@@ -156,7 +156,10 @@ def run(what: str, work: Workload) -> dict[str, Any]:
         result |= {"optimizer": work.optimizer, "remat": work.remat, "documents": work.documents}
         result |= {"stack_layers": work.parallel.stack_layers}
     if not (work.target or work.compile_only):
-        result |= _speed(program, *_repeat(program, compiled, work.steps), devices)
+        times, peak, mark = _repeat(program, compiled, work.steps)
+        result |= _speed(program, times, peak, devices)
+        if what == "train":
+            result["loss"] = float(mark)  # of the last step: without --optimizer, that of every step
     return result
 
 
@@ -220,8 +223,9 @@ def _cache_in(folder: str) -> Iterator[None]:
         set_all(before)
 
 
-def _repeat(program: Program, compiled: Any, steps: int) -> tuple[list[float], int | None]:
-    """Seconds of each step, from the end of the one before to its own; and the peak memory of single steps in bytes."""
+def _repeat(program: Program, compiled: Any, steps: int) -> tuple[list[float], int | None, Array]:
+    """Seconds of each step, from the end of the one before to its own; the peak memory of single steps in bytes; and
+    the last step's mark."""
     _say("making weights and inputs")
     try:
         arguments = jax.block_until_ready(program.start())
@@ -244,7 +248,7 @@ def _repeat(program: Program, compiled: Any, steps: int) -> tuple[list[float], i
             raise
         line = str(error).splitlines()[0]
         raise UserError(f"out of memory ({line}): lower --batch or --seq, or use --remat=full.") from error
-    return [end - start for start, end in pairwise(ends)], peak
+    return [end - start for start, end in pairwise(ends)], peak, mark
 
 
 def _peak_bytes() -> int | None:

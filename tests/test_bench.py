@@ -48,6 +48,8 @@ def test_a_command_prints_one_object(capfd, monkeypatch, what: str):
     assert seconds["total"] > seconds["tracing"] > 0 and seconds["cache"] == "empty"
     assert result["mfu"] is None  # the peak of this CPU is not known
     assert result["operations"]["ssd"] == "reference" and result["precision"] == "float32"
+    if what == "train":
+        assert result["loss"] == pytest.approx(1.3 * math.log(MODEL.vocab_size), rel=0.2)  # MTP counts 0.3
 
 
 def test_another_process_finds_what_was_compiled(capfd, monkeypatch, tmp_path):
