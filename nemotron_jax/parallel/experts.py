@@ -72,7 +72,7 @@ def routed(
       u_BTL: [B, T, L].
       experts_BTK, weights_BTK: [B, T, K] int and float32, the chosen experts and what they weigh.
       params: weights of the experts, each [E, ...].
-      axes: their logical axes, "experts" first.
+      axes: their logical axes, "expert_weights" first.
       seed: uint32 scalar, handed to `apply` with each row's (token, slot); None: it draws nothing.
       dtype: in which `apply` uses them, and in which parts of them travel to make them whole.
 

@@ -61,7 +61,9 @@ def test_spec_follows_the_rules():
     mesh = make_mesh(ParallelConfig(data=1, fsdp=2, expert=2, tensor=2))
     whole_row = ("fsdp", "context")  # the devices that share the width of a weight
     assert spec((64, 32), ("embed", "mlp"), mesh) == P(whole_row, ("tensor",))
-    assert spec((8, 64, 32), ("experts", "embed", "expert_mlp"), mesh) == P(("expert",), whole_row, ("tensor",))
+    experts = ("expert_weights", "embed", "expert_mlp")
+    assert spec((8, 64, 32), experts, mesh) == P(("expert", "fsdp", "context"), None, ("tensor",))
+    assert spec((6, 64, 32), experts, mesh) == P(("expert",), whole_row, ("tensor",))  # 4 does not divide 6
     assert spec((64, 3), ("embed", "kv_heads"), mesh) == P(whole_row, None)  # 3 does not divide
     assert spec((64, 64), ("embed", "latent"), mesh) == P(whole_row, None)  # an axis is used once
     assert spec((4, 16, 8), ("batch", "time", "norm"), mesh) == P(("data", "fsdp", "expert"), ("context",), None)
