@@ -41,6 +41,7 @@ from nemotron_jax.model.counts import flops_per_token
 from nemotron_jax.model.nemotron import Nemotron, abstract, split_model
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.parallel.fit import check_batch, check_model
+from nemotron_jax.parallel.xla import compiler_options
 from nemotron_jax.precision.recipe import block_of, recipe
 from nemotron_jax.run_config import DataConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
 from nemotron_jax.training.losses import loss_fn, totals
@@ -386,7 +387,11 @@ def _train(work: Workload, mesh: Mesh) -> Program:
         return jax.value_and_grad(loss)(params)
 
     return program(
-        step=jax.jit(step, out_shardings=(meshes.replicated(mesh), meshes.shardings(shapes[0], mesh))),
+        step=jax.jit(
+            step,
+            out_shardings=(meshes.replicated(mesh), meshes.shardings(shapes[0], mesh)),
+            compiler_options=compiler_options(mesh),
+        ),
         shapes=(*shapes, batch_shapes),
         start=lambda: (*weights.make(), jax.device_put(batch, sharding)),
         following=lambda arguments, _: arguments,
@@ -444,7 +449,7 @@ def _inference(work: Workload, mesh: Mesh, *, length: int, filled: int, room: in
         formula = "tokens * the forward third of flops_per_token of the params command, lm_head once a row"
     input_shapes = jax.eval_shape(inputs)
     return Program(
-        step=jax.jit(step, donate_argnums=(3,) if decoding else ()),
+        step=jax.jit(step, donate_argnums=(3,) if decoding else (), compiler_options=compiler_options(mesh)),
         shapes=(*shapes, *meshes.placed(input_shapes, jax.tree.map(lambda _: rows, input_shapes))),
         start=lambda: (*weights.make(), *jax.jit(inputs, out_shardings=rows)()),
         following=lambda arguments, results: (*arguments[:2], *results) if decoding else arguments,

@@ -87,6 +87,39 @@ def gathered(part: Array, axes: Axes, shape: Sequence[int], dtype: DTypeLike) ->
     return part.astype(dtype) if dimension is None else _gather(dimension, jnp.dtype(dtype), part.dtype, part)
 
 
+def together(x: Array, weights: Any) -> tuple[Array, Any]:
+    """The identity; in the backward pass no gradient of the two leaves before that of the other is there.
+
+    Gradients of weights travel, and XLA schedules what is not needed soon for the end, where nothing is left to hide
+    it behind. Tied to a gradient that other layers wait for, they travel while those are computed.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x, weights
+    leaves, tree = jax.tree.flatten(weights)
+    trained = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    x, tied = _together(x, [leaves[i] for i in trained])
+    for i, leaf in zip(trained, tied, strict=True):
+        leaves[i] = leaf
+    return x, jax.tree.unflatten(tree, leaves)
+
+
+@jax.custom_vjp
+def _together(x: Array, weights: list[Array]) -> tuple[Array, list[Array]]:
+    return x, weights
+
+
+def _together_fwd(x: Array, weights: list[Array]) -> tuple[tuple[Array, list[Array]], None]:
+    return (x, weights), None
+
+
+def _together_bwd(_: None, gradients: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+    return lax.optimization_barrier(gradients)
+
+
+_together.defvjp(_together_fwd, _together_bwd)
+
+
 def scattered(whole: Array, axes: Axes, part: Array, shape: Sequence[int]) -> Array:
     """The transpose of `gathered`: a sum over the devices, each with its ``part``."""
     dimension = _cut_by_fsdp(part, axes, shape)
@@ -94,7 +127,8 @@ def scattered(whole: Array, axes: Axes, part: Array, shape: Sequence[int]) -> Ar
 
 
 def _cut_by_fsdp(part: Array, axes: Axes, shape: Sequence[int]) -> int | None:
-    here = {"embed": 1, "latent": 1, "expert_weights": shards("experts")}  # parts that a gathered dimension stays in
+    # parts that a gathered dimension stays in
+    here: dict[str | None, int] = {"embed": 1, "latent": 1, "expert_weights": shards("experts")}
     cut = [d for d, size in enumerate(shape) if axes[d] in here and part.shape[d] * here[axes[d]] < size]
     return cut[0] if cut else None  # a mesh axis cuts one dimension of an array
 
