@@ -95,6 +95,13 @@ def after(setup, steps=2):
     return metrics, gradients, state
 
 
+def test_the_scans_around_each_layer():
+    stack = find_stack("M" + 2 * ("*" + 3 * "EM") + "-")  # M 2 x [* 3 x [E M]] -
+    outer, first, second = range(1, 15), range(2, 8), range(9, 15)
+    inner = [(outer,), *6 * [(outer, first)], (outer,), *6 * [(outer, second)]]
+    assert stack.around == ((), *inner, ())
+
+
 @pytest.mark.parametrize(
     ("remat", "devices", "axes", "tolerance"),
     [
