@@ -220,7 +220,8 @@ class Plan:
                 gradients += self._gradient(part)
                 made.add(part.name)
             if part.name != "head":
-                now = kept + self._at_work(part) + sum(self._sliced(scan, order) for scan in scans[1:])
+                now = kept + self._at_work(part)
+                now += self._carried(part) * bool(scans) + sum(self._sliced(scan, order) for scan in scans[1:])
                 most = max(most, (now, gradients), key=sum)
             through += self._kept(part)
             if not scans or number == scans[0].start:
@@ -230,6 +231,14 @@ class Plan:
     def _around(self) -> Mapping[int, tuple[range, ...]]:
         """{layer: the layers of the scans around it, the outermost first}."""
         return dict(enumerate(self.stack.around)) if self.stack else {}
+
+    def _carried(self, part: Part) -> float:
+        """Bytes of experts' float32 gradients, not cut yet, that a scan carries into its next iteration.
+
+        XLA lets their reduce-scatter run beside what comes next.
+        """
+        experts = (tensor for path, tensor in part.tensors.items() if "/experts/" in path)
+        return sum(4 * self._in_use(*tensor) for tensor in experts if self._cut(*tensor).keys() & set(SHARED))
 
     def _sliced(self, scan: range, order: Sequence[tuple[Part, int]]) -> float:
         """Bytes of an inner scan's own: weights and what was kept, cut out of the outer stack, and its gradients."""
@@ -412,7 +421,7 @@ class Plan:
 
 # Of what a block has saved, how much its backward pass holds beside at a time; and of its experts' rows where they
 # travel, with their gradients, in rounds with room for half as many again. Fitted to compiled steps (BENCHMARKS.md).
-WORKING, TRAVELLING = 0.5, 7.0
+WORKING, TRAVELLING = 0.5, 4.0
 MAX_LOGITS = 2**29  # model/logprobs.py
 
 

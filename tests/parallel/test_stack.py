@@ -106,6 +106,7 @@ def test_the_scans_around_each_layer():
     ("remat", "devices", "axes", "tolerance"),
     [
         ("full", 1, {}, 1e-5),
+        pytest.param("full", 8, {"fsdp": 2, "expert": 2, "context": 2}, 2e-5, marks=pytest.mark.slow),
         pytest.param("none", 8, {"fsdp": 2, "expert": 2, "tensor": 2}, 2e-5, marks=pytest.mark.slow),
     ],
 )
