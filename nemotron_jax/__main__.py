@@ -228,6 +228,7 @@ def bench(argv: Sequence[str]) -> int:
         "--stack-layers", action="store_true", help="train, with --optimizer: as config.parallel.stack_layers"
     )
     parser.add_argument("--cache", default="", metavar="DIR", help="keep compiled programs there, for the next run")
+    parser.add_argument("--profile", default="", metavar="DIR", help="of three more steps: kernels and collectives")
     parser.add_argument("--compile-only", action="store_true", help="run nothing and take no memory")
     parser.add_argument(
         "--compile-for", type=target, default=("", 1), metavar="GPU[:N]", help="only compile, for h200 or b200"
@@ -242,7 +243,7 @@ def bench(argv: Sequence[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # nothing else runs on these devices
     from nemotron_jax.bench import Workload, run
 
-    names = "batch seq precision remat optimizer documents steps cache compile_only".split()
+    names = "batch seq precision remat optimizer documents steps cache profile compile_only".split()
     settings = {name: getattr(flags, name) for name in names}
     name, count = flags.compile_for
     parallel = ParallelConfig(**flags.mesh, stack_layers=flags.stack_layers)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from jax import Array
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nemotron_jax import trace
 from nemotron_jax.config import ModelConfig
 from nemotron_jax.data.batch import Batch
 from nemotron_jax.errors import ConfigError, UserError
@@ -39,6 +41,7 @@ from nemotron_jax.model.counts import flops_per_token
 from nemotron_jax.model.nemotron import Nemotron, abstract, split_model
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.parallel.fit import check_batch, check_model
+from nemotron_jax.parallel.xla import compiler_options
 from nemotron_jax.precision.recipe import block_of, recipe
 from nemotron_jax.run_config import DataConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainConfig
 from nemotron_jax.training.losses import loss_fn, totals
@@ -49,6 +52,7 @@ from pallas_kernels import aot, dispatch
 
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|ragged-all-to-all|reduce-scatter"
 WARM_UP = 2  # steps that are not counted, each run alone
+PROFILED = 3
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Workload:
       documents: of a training row, packed and equally long; 1: no segment ids.
       steps: timed ones.
       cache: a folder that keeps compiled programs, so that the next run finds them; "": an empty one, for this run.
+      profile: a folder for a profile of three more steps, which is summed up too; "": none. GPUs only.
       compile_only: nothing is run, and no memory taken.
       target: a GPU to compile for that is not there, a key of ``pallas_kernels.aot.TARGETS``: nothing is run.
       target_devices: how many of them.
@@ -81,6 +86,7 @@ class Workload:
     documents: int = 1
     steps: int = 20
     cache: str = ""
+    profile: str = ""
     compile_only: bool = False
     target: str = ""
     target_devices: int = 1
@@ -156,10 +162,12 @@ def run(what: str, work: Workload) -> dict[str, Any]:
         result |= {"optimizer": work.optimizer, "remat": work.remat, "documents": work.documents}
         result |= {"stack_layers": work.parallel.stack_layers}
     if not (work.target or work.compile_only):
-        times, peak, mark = _repeat(program, compiled, work.steps)
+        times, peak, mark = _repeat(program, compiled, work)
         result |= _speed(program, times, peak, devices)
         if what == "train":
             result["loss"] = float(mark)  # of the last step: without --optimizer, that of every step
+        if work.profile:
+            result["profile"] = trace.summary(trace.read(Path(work.profile)), PROFILED)
     return result
 
 
@@ -223,16 +231,16 @@ def _cache_in(folder: str) -> Iterator[None]:
         set_all(before)
 
 
-def _repeat(program: Program, compiled: Any, steps: int) -> tuple[list[float], int | None, Array]:
+def _repeat(program: Program, compiled: Any, work: Workload) -> tuple[list[float], int | None, Array]:
     """Seconds of each step, from the end of the one before to its own; the peak memory of single steps in bytes; and
     the last step's mark."""
     _say("making weights and inputs")
     try:
         arguments = jax.block_until_ready(program.start())
-        _say(f"running {WARM_UP} + {steps} steps")
+        _say(f"running {WARM_UP} + {work.steps} steps")
         ends: list[float] = []
         before = None
-        for number in range(WARM_UP + steps + 1):
+        for number in range(WARM_UP + work.steps + 1):
             results = compiled(*arguments)
             arguments, mark = program.following(arguments, results), program.mark(results)
             del results  # before the next step is queued: its gradients take the same place
@@ -243,6 +251,14 @@ def _repeat(program: Program, compiled: Any, steps: int) -> tuple[list[float], i
                 before.block_until_ready()
                 ends.append(time.perf_counter())
             before = mark
+        if work.profile:
+            jax.block_until_ready(mark)
+            with jax.profiler.trace(work.profile):
+                for _ in range(PROFILED):
+                    results = compiled(*arguments)
+                    arguments, mark = program.following(arguments, results), program.mark(results)
+                    del results
+                mark.block_until_ready()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -371,7 +387,11 @@ def _train(work: Workload, mesh: Mesh) -> Program:
         return jax.value_and_grad(loss)(params)
 
     return program(
-        step=jax.jit(step, out_shardings=(meshes.replicated(mesh), meshes.shardings(shapes[0], mesh))),
+        step=jax.jit(
+            step,
+            out_shardings=(meshes.replicated(mesh), meshes.shardings(shapes[0], mesh)),
+            compiler_options=compiler_options(mesh),
+        ),
         shapes=(*shapes, batch_shapes),
         start=lambda: (*weights.make(), jax.device_put(batch, sharding)),
         following=lambda arguments, _: arguments,
@@ -429,7 +449,7 @@ def _inference(work: Workload, mesh: Mesh, *, length: int, filled: int, room: in
         formula = "tokens * the forward third of flops_per_token of the params command, lm_head once a row"
     input_shapes = jax.eval_shape(inputs)
     return Program(
-        step=jax.jit(step, donate_argnums=(3,) if decoding else ()),
+        step=jax.jit(step, donate_argnums=(3,) if decoding else (), compiler_options=compiler_options(mesh)),
         shapes=(*shapes, *meshes.placed(input_shapes, jax.tree.map(lambda _: rows, input_shapes))),
         start=lambda: (*weights.make(), *jax.jit(inputs, out_shardings=rows)()),
         following=lambda arguments, results: (*arguments[:2], *results) if decoding else arguments,

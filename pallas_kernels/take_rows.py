@@ -6,7 +6,8 @@
 "mosaic": on Hopper the gradient is a sum of outer products. Sorted by blocks of BLOCK rows of the table, the entries
 of a block are a group, and with one-hot vectors of their places in it, d_table of the block = one_hot^T d_rows: the
 weight gradient of the grouped matmul. Sums are float32 in a fixed order, and each row of the table is written once,
-those that nobody asked for too.
+those that nobody asked for too. Widths that are no multiple of COLUMNS, and a last block of fewer rows, are padded,
+which costs a copy of the gradient.
 
 Shapes: V rows of the table, D width, M entries.
 """
@@ -27,6 +28,7 @@ from pallas_kernels.mosaic import Interpret
 from pallas_kernels.permute import permute
 
 BLOCK = 128  # rows of the table in a group: the tile of outer_products
+COLUMNS = 64  # that outer_products takes at a time
 
 
 def take_rows(
@@ -58,8 +60,6 @@ def _unfit(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> str:
     """Why the kernel cannot take these operands, or ""."""
     if dtype != jnp.bfloat16 or table.dtype not in (jnp.bfloat16, jnp.float32):
         return f"the rows must be bfloat16, of a bfloat16 or float32 table, got {dtype} of {table.dtype}"
-    if table.shape[0] % BLOCK or table.shape[1] % 64:
-        return f"V must be a multiple of {BLOCK} and D of 64, got {list(table.shape)}"
     if ids.shape[0] == 0:
         return "there are no ids"
     return ""
@@ -86,14 +86,16 @@ def _take_fwd(size, of_table, interpret, table, ids):
 
 
 def _take_bwd(size, of_table, interpret, ids, d_rows):
-    rows, group_sizes, row_map = permute(d_rows, (ids // BLOCK)[:, None], size // BLOCK)
+    width = d_rows.shape[1]
+    d_rows = jnp.pad(d_rows, ((0, 0), (0, -width % COLUMNS)))
+    rows, group_sizes, row_map = permute(d_rows, (ids // BLOCK)[:, None], -(-size // BLOCK))
     place = jnp.zeros_like(ids).at[row_map[:, 0]].set(ids % BLOCK, unique_indices=True, mode="promise_in_bounds")
     one_hot = (place[:, None] == jnp.arange(BLOCK)).astype(rows.dtype)
     tiles = row_tiles(group_sizes, ids.shape[0])
     d_table = outer_products(
         whole_atoms(one_hot), whole_atoms(rows), tiles, tile_columns(rows.shape[1]), dtype=of_table, interpret=interpret
     )
-    return d_table.reshape(size, -1), None
+    return d_table.reshape(-1, rows.shape[1])[:size, :width], None
 
 
 _take.defvjp(_take_fwd, _take_bwd)
@@ -117,6 +119,7 @@ class Case(NamedTuple):
 CASES = (
     Case("few", 7, 5, 20),
     Case("blocks", 512, 128, 300),
+    Case("padded", 300, 168, 260),
     Case("skewed", 256, 64, 203, common=0.8),
 )
 

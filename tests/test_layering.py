@@ -30,7 +30,8 @@ LAYERS: dict[str, set[str] | None] = {
     "inference": BELOW_RUNS,
     "evaluation": BELOW_RUNS | {"inference"},
     "rl": BELOW_RUNS | {"training", "inference"},
-    "bench": BELOW_RUNS | {"training", "inference"},
+    "trace": {"errors"},
+    "bench": BELOW_RUNS | {"training", "inference", "trace"},
     "cli": CONFIG,
     "__main__": None,  # an entry point: anything
     "__init__": None,  # anything, but inside functions: importing config must not import jax

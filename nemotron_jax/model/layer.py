@@ -23,6 +23,7 @@ from nemotron_jax.model.mlp import MLP
 from nemotron_jax.model.moe import MoE
 from nemotron_jax.model.state import MixerState
 from nemotron_jax.parallel.experts import KEPT
+from nemotron_jax.parallel.local import together
 from nemotron_jax.parallel.mesh import constrain
 from nemotron_jax.parallel.stack import Stack, as_stored, one_layer, scan_layers
 
@@ -90,8 +91,11 @@ def run_layers(
         return _run_stack(layers, h_BTD, ctx, remat=remat, first_seed=first_seed, stack=stack)
     new_states: list[MixerState] = []
     aux: dict[str, Array] = {}
-    for index, layer in enumerate(layers):
-        graphdef, leaves = nnx.split(layer)
+    split = [nnx.split(layer) for layer in layers]
+    for index, (graphdef, leaves) in enumerate(split):
+        if index + 1 < len(split):  # while this layer goes backward, the gradients of the next one travel
+            h_BTD, following = together(h_BTD, split[index + 1][1])
+            split[index + 1] = (split[index + 1][0], following)
         state = None if states is None else states[index]
         h_BTD, state, layer_aux = _run_layer(
             graphdef, leaves, h_BTD, ctx.for_layer(first_seed + index), state, remat=remat

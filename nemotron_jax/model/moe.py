@@ -89,13 +89,13 @@ class Experts(nnx.Module):
         self.up_proj = scope.param(
             "up_proj",
             (moe.num_experts, width, moe.intermediate_size),
-            ("experts", axis, "expert_mlp"),
+            ("expert_weights", axis, "expert_mlp"),
             normal(config.init_std),
         )
         self.down_proj = scope.param(
             "down_proj",
             (moe.num_experts, moe.intermediate_size, width),
-            ("experts", "expert_mlp", axis),
+            ("expert_weights", "expert_mlp", axis),
             normal(config.output_init_std),
         )
         self.precision = scope.precision(width, moe.intermediate_size)

@@ -27,7 +27,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from nemotron_jax.parallel.local import Axes, gathered, per_device, zeros_after
+from nemotron_jax.parallel.local import Axes, gathered, per_device, together, zeros_after
 from nemotron_jax.parallel.mesh import mesh_axes, shards
 from pallas_kernels import permute, unpermute
 from pallas_kernels.packed import Packed
@@ -72,7 +72,7 @@ def routed(
       u_BTL: [B, T, L].
       experts_BTK, weights_BTK: [B, T, K] int and float32, the chosen experts and what they weigh.
       params: weights of the experts, each [E, ...].
-      axes: their logical axes, "experts" first.
+      axes: their logical axes, "expert_weights" first.
       seed: uint32 scalar, handed to `apply` with each row's (token, slot); None: it draws nothing.
       dtype: in which `apply` uses them, and in which parts of them travel to make them whole.
 
@@ -100,6 +100,7 @@ def routed(
     ) -> Array:
         if not packed:
             params = tuple(gathered(w, of, shape, dtype) for w, of, shape in zip(params, axes, shapes, strict=True))
+            u_BTL, params = together(u_BTL, params)
         x, experts, weights = (z.reshape(-1, z.shape[-1]) for z in (u_BTL, experts_BTK, weights_BTK))
         draw = None if seed is None or entry_BTK is None else Draw(seed, entry_BTK.reshape(-1))
         return route(x, experts, weights, params, draw).reshape(1, *u_BTL.shape)

@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from nemotron_jax.parallel.mesh import mesh_axes, shards
+from nemotron_jax.parallel.mesh import mesh_axes, resolved, shards
 
 Axes = tuple[str | None, ...]
 
@@ -43,23 +43,30 @@ def per_device(
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return function(*arrays)
-        sizes = [
-            (name, size)
+        cut = [
+            None
+            if axes is None or array is None
+            else [(name and resolved(name, size, mesh), size) for name, size in zip(axes, array.shape, strict=True)]
             for axes, array in zip(operands, arrays, strict=True)
-            if axes is not None and array is not None
-            for name, size in zip(axes, array.shape, strict=True)
         ]
+        sizes = [size for one in cut for size in one or ()]
         kept = {name for name, size in sizes if name is not None and size % shards(name)} | set(whole)
 
         alone = tuple(axis for axis, size in mesh.shape.items() if size == 1)
 
         def spec(axes: Axes | None) -> PartitionSpec:
-            names = [() if name is None or name in kept else mesh_axes(name) for name in axes or ()]
+            names: list[tuple[str, ...]] = []
+            for name in axes or ():
+                wanted = () if name is None or name in kept else mesh_axes(name)
+                names.append(tuple(axis for axis in wanted if not any(axis in others for others in names)))
             if names:  # axes of one device: named somewhere, no sum over them is made
                 names[0] += tuple(axis for axis in alone if not any(axis in others for others in names))
             return PartitionSpec(*(axes or None for axes in names))
 
-        in_specs = tuple(None if array is None else spec(axes) for axes, array in zip(operands, arrays, strict=True))
+        in_specs = tuple(
+            None if array is None else spec(None if one is None else tuple(name for name, _ in one))
+            for one, array in zip(cut, arrays, strict=True)
+        )
         out_specs = jax.tree.map(spec, results, is_leaf=_is_axes)
         return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
@@ -71,12 +78,46 @@ def _is_axes(node: Any) -> bool:
 
 
 def gathered(part: Array, axes: Axes, shape: Sequence[int], dtype: DTypeLike) -> Array:
-    """Inside `per_device`: the part of a weight of ``shape`` made whole along the axes of FSDP ("embed", "latent").
+    """Inside `per_device`: the part of a weight of ``shape`` made whole along the axes of FSDP ("embed", "latent", or
+    "expert_weights": whole experts, but those of this device alone).
 
     It travels in ``dtype``. The gradient is summed over the devices in the dtype of the part, and cut back into parts.
     """
     dimension = _cut_by_fsdp(part, axes, shape)
     return part.astype(dtype) if dimension is None else _gather(dimension, jnp.dtype(dtype), part.dtype, part)
+
+
+def together(x: Array, weights: Any) -> tuple[Array, Any]:
+    """The identity; in the backward pass no gradient of the two leaves before that of the other is there.
+
+    Gradients of weights travel, and XLA schedules what is not needed soon for the end, where nothing is left to hide
+    it behind. Tied to a gradient that other layers wait for, they travel while those are computed.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x, weights
+    leaves, tree = jax.tree.flatten(weights)
+    trained = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    x, tied = _together(x, [leaves[i] for i in trained])
+    for i, leaf in zip(trained, tied, strict=True):
+        leaves[i] = leaf
+    return x, jax.tree.unflatten(tree, leaves)
+
+
+@jax.custom_vjp
+def _together(x: Array, weights: list[Array]) -> tuple[Array, list[Array]]:
+    return x, weights
+
+
+def _together_fwd(x: Array, weights: list[Array]) -> tuple[tuple[Array, list[Array]], None]:
+    return (x, weights), None
+
+
+def _together_bwd(_: None, gradients: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+    return lax.optimization_barrier(gradients)
+
+
+_together.defvjp(_together_fwd, _together_bwd)
 
 
 def scattered(whole: Array, axes: Axes, part: Array, shape: Sequence[int]) -> Array:
@@ -86,7 +127,9 @@ def scattered(whole: Array, axes: Axes, part: Array, shape: Sequence[int]) -> Ar
 
 
 def _cut_by_fsdp(part: Array, axes: Axes, shape: Sequence[int]) -> int | None:
-    cut = [d for d, size in enumerate(shape) if axes[d] in ("embed", "latent") and part.shape[d] < size]
+    # parts that a gathered dimension stays in
+    here: dict[str | None, int] = {"embed": 1, "latent": 1, "expert_weights": shards("experts")}
+    cut = [d for d, size in enumerate(shape) if axes[d] in here and part.shape[d] * here[axes[d]] < size]
     return cut[0] if cut else None  # a mesh axis cuts one dimension of an array
 
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemotron_jax.errors import ConfigError
@@ -34,11 +35,13 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "groups": "tensor",  # Mamba's B and C
     "mlp": "tensor",
-    "experts": "expert",
+    "experts": "expert",  # whose rows travel to them
+    "expert_weights": ("expert", "fsdp", "context"),  # whole experts: gathered without reordering any
     "expert_mlp": "tensor",
     "norm": None,
     "layers": None,  # of a stacked view (stack.py)
 }
+INSTEAD = {"expert_weights": "experts"}  # where the first does not divide a dimension; other dimensions take the rest
 
 
 def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -97,6 +100,12 @@ def shards(name: str) -> int:
     return math.prod(sizes.get(axis, 1) for axis in mesh_axes(name))
 
 
+def resolved(name: str, size: int, mesh: Mesh | AbstractMesh) -> str:
+    """The logical axis by which a dimension of ``size`` is cut: itself, or what INSTEAD says."""
+    cut = math.prod(mesh.shape[axis] for axis in mesh_axes(name))
+    return INSTEAD.get(name, name) if size % cut else name
+
+
 def spec(shape: Sequence[int], axes: Sequence[str], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """PartitionSpec of an array from its logical axes.
 
@@ -106,7 +115,7 @@ def spec(shape: Sequence[int], axes: Sequence[str], mesh: Mesh | AbstractMesh) -
     used: set[str] = set()
     parts: list[tuple[str, ...] | None] = []
     for size, name in zip(shape, axes, strict=True):
-        wanted = tuple(axis for axis in mesh_axes(name) if axis not in used)
+        wanted = tuple(axis for axis in mesh_axes(resolved(name, size, mesh)) if axis not in used)
         if wanted and size % math.prod(mesh.shape[axis] for axis in wanted) == 0:
             used.update(wanted)
             parts.append(wanted)
@@ -199,9 +208,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: Array) -> Array:
-    """Keeps activations [B, T, ...] sharded over batch and time; the identity outside of a mesh."""
+    """Keeps activations [B, T, ...] sharded over batch and time, rows contiguous; the identity outside of a mesh.
+
+    A collective along the width would have XLA lay out the whole residual stream by columns, of which kernels and
+    gathers read rows at a fraction of the memory's speed.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     names = ("batch", "time") + ("norm",) * (x.ndim - 2)
-    return jax.lax.with_sharding_constraint(x, spec(x.shape, names, mesh))
+    x = jax.lax.with_sharding_constraint(x, spec(x.shape, names, mesh))
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if mesh.size > 1 else x

@@ -19,6 +19,7 @@ from nemotron_jax.data.batch import Batch
 from nemotron_jax.model.context import Context, mix_seed
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.parallel.stack import stacked, unstacked
+from nemotron_jax.parallel.xla import compiler_options
 from nemotron_jax.training.losses import loss_fn, microbatches, totals
 from nemotron_jax.training.optimizer import learning_rate
 from nemotron_jax.training.state import TrainSetup, TrainState
@@ -41,6 +42,7 @@ def make_train_step(setup: TrainSetup) -> Callable[[TrainState, Batch], tuple[Tr
         in_shardings=(shardings, meshes.batch_sharding(setup.mesh)),
         out_shardings=(shardings, meshes.replicated(setup.mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(setup.mesh),
     )
 
 
@@ -145,7 +147,12 @@ def make_validation_step(setup: TrainSetup) -> Callable[[TrainState, Batch, Any]
         }
 
     whole = meshes.replicated(setup.mesh)
-    return jax.jit(validate, in_shardings=(shardings, meshes.batch_sharding(setup.mesh), whole), out_shardings=whole)
+    return jax.jit(
+        validate,
+        in_shardings=(shardings, meshes.batch_sharding(setup.mesh), whole),
+        out_shardings=whole,
+        compiler_options=compiler_options(setup.mesh),
+    )
 
 
 def global_batch(setup: TrainSetup, batch: Batch) -> Batch:

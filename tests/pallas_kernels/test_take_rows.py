@@ -34,7 +34,7 @@ def test_values_and_gradient(case):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["blocks", "skewed"])  # the second: most entries are one row, M is no multiple of 8
+@pytest.mark.parametrize("name", ["blocks", "padded", "skewed"])  # "skewed": mostly one row, M is no multiple of 8
 def test_the_kernel(name, dtype, interpret, monkeypatch):
     monkeypatch.setattr(grouped_matmul_kernels, "NUM_SMS", 2)
     table, ids, d_rows = drawn(next(case for case in CASES if case.name == name), dtype)
@@ -56,7 +56,6 @@ def test_operands_that_do_not_fit():
     with dispatch.compiling_for("sm_90a"):
         for operands, dtype, reason in (
             ((table, ids), jnp.float32, "the rows must be bfloat16"),
-            ((table[:200], ids), jnp.bfloat16, r"V must be a multiple of 128 and D of 64, got \[200, 64\]"),
             ((table, ids[:0]), jnp.bfloat16, "there are no ids"),
         ):
             with pytest.raises(ValueError, match=reason):

@@ -61,7 +61,9 @@ def test_spec_follows_the_rules():
     mesh = make_mesh(ParallelConfig(data=1, fsdp=2, expert=2, tensor=2))
     whole_row = ("fsdp", "context")  # the devices that share the width of a weight
     assert spec((64, 32), ("embed", "mlp"), mesh) == P(whole_row, ("tensor",))
-    assert spec((8, 64, 32), ("experts", "embed", "expert_mlp"), mesh) == P(("expert",), whole_row, ("tensor",))
+    experts = ("expert_weights", "embed", "expert_mlp")
+    assert spec((8, 64, 32), experts, mesh) == P(("expert", "fsdp", "context"), None, ("tensor",))
+    assert spec((6, 64, 32), experts, mesh) == P(("expert",), whole_row, ("tensor",))  # 4 does not divide 6
     assert spec((64, 3), ("embed", "kv_heads"), mesh) == P(whole_row, None)  # 3 does not divide
     assert spec((64, 64), ("embed", "latent"), mesh) == P(whole_row, None)  # an axis is used once
     assert spec((4, 16, 8), ("batch", "time", "norm"), mesh) == P(("data", "fsdp", "expert"), ("context",), None)
@@ -89,7 +91,7 @@ def test_every_weight_has_known_axes_and_the_large_ones_are_sharded(name):
         assert len(variable.axes) == len(shape) and set(variable.axes) <= RULES.keys(), path
         part = placed[path].get_value().shard_shape(shape)
         if "up_proj" in path and "experts" in path:
-            assert [whole // piece for whole, piece in zip(shape, part, strict=True)] == [2, 2, 2]
+            assert [whole // piece for whole, piece in zip(shape, part, strict=True)] == [4, 1, 2]  # whole experts
         elif len(shape) == 2 and "conv1d" not in path and "gate" not in path:
             assert tuple(part) != tuple(shape), path
 
