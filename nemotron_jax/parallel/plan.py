@@ -233,12 +233,14 @@ class Plan:
         return dict(enumerate(self.stack.around)) if self.stack else {}
 
     def _carried(self, part: Part) -> float:
-        """Bytes of experts' float32 gradients, not cut yet, that a scan carries into its next iteration.
+        """Bytes of experts' float32 gradients, not cut yet, that a scan holds for longer than the layer at work.
 
-        XLA lets their reduce-scatter run beside what comes next.
+        XLA carries them into the next iteration, to reduce them beside what is there to be done: so all of them are
+        there at a time, not the largest alone; and where rows travel, those of two layers.
         """
         experts = (tensor for path, tensor in part.tensors.items() if "/experts/" in path)
-        return sum(4 * self._in_use(*tensor) for tensor in experts if self._cut(*tensor).keys() & set(SHARED))
+        sums = [4 * self._in_use(*tensor) for tensor in experts if self._cut(*tensor).keys() & set(SHARED)]
+        return sum(sums) - (max(sums, default=0) if self.sizes["expert"] == 1 else 0)
 
     def _sliced(self, scan: range, order: Sequence[tuple[Part, int]]) -> float:
         """Bytes of an inner scan's own: weights and what was kept, cut out of the outer stack, and its gradients."""
