@@ -2,7 +2,7 @@
 
 python -m nemotron_jax params PRESET_OR_DIR [--seq=8192]
     parameters and training FLOPs a token, as JSON
-python -m nemotron_jax plan PRESET_OR_DIR --mesh=fsdp=8,expert=8 --batch=B --seq=T [--remat=none --interconnect=ib200]
+python -m nemotron_jax plan PRESET_OR_DIR --mesh=fsdp=8,expert=8 --batch=B --seq=T [--stack-layers --interconnect=ib200]
     memory, traffic and limits of a training step on GPUs that need not be there, as JSON
 python -m nemotron_jax generate --checkpoint=DIR --prompt=TEXT [--tokens=N ...]
     answers a message or continues a text, or token ids with --prompt-tokens=IN.npy --out=OUT.npy
@@ -61,6 +61,7 @@ def plan(argv: Sequence[str]) -> int:
     parser.add_argument("--seq", type=positive, metavar="T", help="tokens of a row")
     parser.add_argument("--precision", type=one_of("bfloat16", "float32"), default="bfloat16", metavar="RECIPE")
     parser.add_argument("--remat", type=one_of("none", "full"), default="full", help="as config.train.remat")
+    parser.add_argument("--stack-layers", action="store_true", help="as config.parallel.stack_layers")
     links = "beyond a host: ib200, ib400 (the default), ib800: one port of so many Gb/s a GPU; nvl72: racks of 72"
     parser.add_argument("--interconnect", default="ib400", metavar="NAME", help=links)
     flags = parser.parse_args(argv)
@@ -69,6 +70,7 @@ def plan(argv: Sequence[str]) -> int:
     parser.require(flags, "mesh", "batch", "seq", what="plan")
     config = model_config(flags.model)
     from nemotron_jax.model.counts import parts
+    from nemotron_jax.model.nemotron import abstract, find_layer_stack
     from nemotron_jax.parallel.plan import Plan, Work
     from nemotron_jax.precision.recipe import RECIPES
     from pallas_kernels import aot
@@ -77,7 +79,8 @@ def plan(argv: Sequence[str]) -> int:
     work = Work(flags.batch, flags.seq, 2 if flags.precision == "bfloat16" else 4, flags.remat, flags.interconnect)
     with aot.compiling_for("h200"):  # what its kernels save
         made = parts(config, flags.seq, recipe)
-    print(json.dumps(Plan(config, made, ParallelConfig(**{"data": 1, **flags.mesh}), work).report()))
+    stack = find_layer_stack([abstract(config, recipe)], lambda _: True) if flags.stack_layers else None
+    print(json.dumps(Plan(config, made, ParallelConfig(**{"data": 1, **flags.mesh}), work, stack).report()))
     return 0
 
 

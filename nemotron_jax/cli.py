@@ -105,7 +105,7 @@ def one_of(*known: str) -> Callable[[str], str]:
 
 def mesh_axes(text: str) -> dict[str, int]:
     """An argparse type: ``fsdp=4,expert=2`` -> the size of each axis given (-1: the devices that are left)."""
-    known = field_types(ParallelConfig)
+    known = [name for name, kind in field_types(ParallelConfig).items() if kind is int]
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")

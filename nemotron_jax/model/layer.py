@@ -25,7 +25,7 @@ from nemotron_jax.model.state import MixerState
 from nemotron_jax.parallel.experts import KEPT
 from nemotron_jax.parallel.local import together
 from nemotron_jax.parallel.mesh import constrain
-from nemotron_jax.parallel.stack import Stack, one_layer, scan_layers
+from nemotron_jax.parallel.stack import Stack, as_stored, one_layer, scan_layers
 
 BLOCKS: dict[str, Any] = {"M": Mamba2, "*": Attention, "E": MoE, "-": MLP}
 
@@ -42,11 +42,20 @@ class Layer(nnx.Module):
         return constrain(h_BTD + y_BTD), state, aux
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "remat"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "remat", "scanned"))
 def _run_layer(
-    graphdef: nnx.GraphDef, leaves: Any, h_BTD: Array, ctx: Context, state: MixerState, *, remat: str
+    graphdef: nnx.GraphDef,
+    leaves: Any,
+    h_BTD: Array,
+    ctx: Context,
+    state: MixerState,
+    *,
+    remat: str,
+    scanned: bool = False,
 ) -> tuple[Array, MixerState, dict[str, Array]]:
     def apply(leaves: Any, h_BTD: Array, ctx: Context, state: MixerState) -> Any:
+        if scanned and remat != "none":  # outside of a checkpoint, a copy of all layers' leaves would be kept
+            leaves = as_stored(leaves)
         return nnx.merge(graphdef, leaves)(h_BTD, ctx, state)
 
     return REMAT[remat](apply)(leaves, h_BTD, ctx, state)
@@ -103,7 +112,13 @@ def _run_stack(
 
     def run(place: int, leaves: Any, number: Array, h_BTD: Array) -> tuple[Array, dict[str, Array]]:
         h_BTD, _, aux = _run_layer(
-            places[place][0], one_layer(leaves), h_BTD, ctx.for_layer(first_seed + number), None, remat=remat
+            places[place][0],
+            one_layer(leaves),
+            h_BTD,
+            ctx.for_layer(first_seed + number),
+            None,
+            remat=remat,
+            scanned=True,
         )
         return h_BTD, aux
 

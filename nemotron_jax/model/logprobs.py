@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nemotron_jax.parallel.local import gathered, per_device, scattered
+from nemotron_jax.parallel.local import gathered, per_device, scattered, zeros_after
 from nemotron_jax.parallel.mesh import mesh_axes
 from nemotron_jax.precision.matmul import gemm_precision
 
@@ -245,6 +245,6 @@ def _values_and_gradients(
         return d_weight, (chosen_BC - lse_BC, d_hidden_BCD.astype(operands))
 
     inputs = tuple(_chunks(x, length) for x in (hidden_BTD, targets_BT, d_BT))
-    d_weight, (logprobs, d_hidden) = lax.scan(chunk, jnp.zeros(whole.shape, jnp.float32), inputs)
+    d_weight, (logprobs, d_hidden) = lax.scan(chunk, zeros_after(hidden_BTD, whole.shape, jnp.float32), inputs)
     d_weight = scattered(d_weight, _WEIGHT, weight, shape).astype(weight.dtype)
     return _join(logprobs, time), _join(d_hidden, time), d_weight

@@ -27,7 +27,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from nemotron_jax.parallel.local import Axes, gathered, per_device, together
+from nemotron_jax.parallel.local import Axes, gathered, per_device, together, zeros_after
 from nemotron_jax.parallel.mesh import mesh_axes, shards
 from pallas_kernels import permute, unpermute
 from pallas_kernels.packed import Packed
@@ -176,8 +176,10 @@ def _far_bwd(apply: Apply, num_experts: int, saved: tuple[Any, ...], dy: Array) 
         d_params = jax.tree.map(lambda total, d: total + d.astype(total.dtype), d_params, more)
         return _back(trip, i, dx[place], dx_of_row), _back(trip, i, dw[place], dw_of_row), d_params
 
-    d_params = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), params)
-    zeros = (jnp.zeros((rows.shape[0], x.shape[1]), x.dtype), jnp.zeros_like(weight_of_row), d_params)
+    after_dy = functools.partial(zeros_after, dy)
+    d_params = jax.tree.map(lambda w: after_dy(w.shape, jnp.promote_types(w.dtype, jnp.float32)), params)
+    dx_of_row, dw_of_row = (after_dy((rows.shape[0], like.shape[1]), like.dtype) for like in (x, weight_of_row))
+    zeros = dx_of_row, dw_of_row, d_params
     dx_of_row, dw_of_row, d_params = lax.fori_loop(0, trip.rounds, one_round, zeros)
     dx = unpermute(dx_of_row, row_map, jnp.ones_like(weights))
     d_params = jax.tree.map(lambda d, w: d.astype(w.dtype), d_params, params)
@@ -239,7 +241,7 @@ def _there(trip: _Trip, i: Array, rows: Array) -> Array:
     def ragged(rows: Array) -> Array:
         return lax.ragged_all_to_all(
             rows,
-            jnp.zeros((devices * quota, rows.shape[1]), rows.dtype),
+            zeros_after(going_Z, (devices * quota, rows.shape[1]), rows.dtype),
             jnp.where(going_Z > 0, first_Z, 0),
             going_Z,
             jnp.full(devices, lax.axis_index(axes) * quota, jnp.int32),

@@ -27,6 +27,7 @@ from nemotron_jax.config import ModelConfig
 from nemotron_jax.errors import ConfigError, did_you_mean
 from nemotron_jax.parallel.fit import check_batch, check_model
 from nemotron_jax.parallel.mesh import AXES, mesh_axes, spec
+from nemotron_jax.parallel.stack import Stack
 from nemotron_jax.run_config import ParallelConfig
 
 # One H200 (NVIDIA's data sheet): dense bfloat16 FLOP/s, bytes/s and bytes of its memory, bytes/s of NVLink one way.
@@ -127,10 +128,17 @@ class _Axis:
 
 
 class Plan:
-    """The numbers of one model on one mesh."""
+    """The numbers of one model on one mesh; with a stack, of its layers scanned (parallel.stack_layers)."""
 
-    def __init__(self, model: ModelConfig, parts: Sequence[Part], parallel: ParallelConfig, work: Work) -> None:
-        self.model, self.parts, self.work = model, parts, work
+    def __init__(
+        self,
+        model: ModelConfig,
+        parts: Sequence[Part],
+        parallel: ParallelConfig,
+        work: Work,
+        stack: Stack | None = None,
+    ) -> None:
+        self.model, self.parts, self.work, self.stack = model, parts, work, stack
         self.sizes = {axis: getattr(parallel, axis) for axis in AXES}
         if -1 in self.sizes.values():
             raise ConfigError("plan counts no devices: give each axis of --mesh its size (those not named are 1).")
@@ -195,32 +203,59 @@ class Plan:
     def _peak(self) -> tuple[float, float]:
         """(activations, gradients) when their sum is largest, over the forward and the backward pass.
 
-        The backward pass gives up what was kept and makes gradients. The head does so in the forward pass.
+        The backward pass gives up what was kept and makes gradients. The head does so in the forward pass. Layers of a
+        scan have all their gradients from the start, and what they keep until the last of them is through.
         """
-        order = self._order()
+        order, around = self._order(), self._around()
+        stacked = sum(self._gradient(part) for part, number in order if around.get(number))
         kept, most = 0.0, (0.0, 0.0)
-        for part in order:
+        for part, _ in order:
             if part.name == "head":
-                most = max(most, (kept + self._head(), 0.0), key=sum)
+                most = max(most, (kept + self._head(), stacked), key=sum)
             kept += self._kept(part)
-        gradients, made = 0.0, set()
-        for part in reversed(order):
-            kept -= self._kept(part)
-            if part.stored > 1 or part.name not in made:
+        gradients, made, through = stacked, set[str](), 0.0
+        for part, number in reversed(order):
+            scans = around.get(number, ())
+            if not scans and (part.stored > 1 or part.name not in made):
                 gradients += self._gradient(part)
                 made.add(part.name)
             if part.name != "head":
-                most = max(most, (kept + self._kept(part) + self._at_work(part), gradients), key=sum)
+                now = kept + self._at_work(part)
+                now += self._carried(part) * bool(scans) + sum(self._sliced(scan, order) for scan in scans[1:])
+                most = max(most, (now, gradients), key=sum)
+            through += self._kept(part)
+            if not scans or number == scans[0].start:
+                kept, through = kept - through, 0.0
         return most
 
-    def _order(self) -> list[Part]:
-        """One part for each run of each layer, as in a forward pass."""
+    def _around(self) -> Mapping[int, tuple[range, ...]]:
+        """{layer: the layers of the scans around it, the outermost first}."""
+        return dict(enumerate(self.stack.around)) if self.stack else {}
+
+    def _carried(self, part: Part) -> float:
+        """Bytes of experts' float32 gradients, not cut yet, that a scan holds for longer than the layer at work.
+
+        XLA carries them into the next iteration, to reduce them beside what is there to be done: so all of them are
+        there at a time, not the largest alone; and where rows travel, those of two layers.
+        """
+        experts = (tensor for path, tensor in part.tensors.items() if "/experts/" in path)
+        sums = [4 * self._in_use(*tensor) for tensor in experts if self._cut(*tensor).keys() & set(SHARED)]
+        return sum(sums) - (max(sums, default=0) if self.sizes["expert"] == 1 else 0)
+
+    def _sliced(self, scan: range, order: Sequence[tuple[Part, int]]) -> float:
+        """Bytes of an inner scan's own: weights and what was kept, cut out of the outer stack, and its gradients."""
+        inside = [part for part, number in order if number in scan]
+        return sum(4 * self._elements(part) + self._gradient(part) + self._kept(part) for part in inside)
+
+    def _order(self) -> list[tuple[Part, int]]:
+        """One part for each run of each layer, as in a forward pass; the layer's number, -1 for other parts."""
         named = {part.name: part for part in self.parts}
-        names = ["embeddings", *self.model.pattern, "head"]
+        after = ["head"]
         if self.model.mtp is not None:
             depth = ["embeddings", "mtp eh_proj", *(f"mtp {letter}" for letter in self.model.mtp.pattern), "head"]
-            names += depth * self.model.mtp.depth
-        return [named[name] for name in names]
+            after += depth * self.model.mtp.depth
+        layers = [(named[letter], number) for number, letter in enumerate(self.model.pattern)]
+        return [(named["embeddings"], -1), *layers, *((named[name], -1) for name in after)]
 
     def _gradient(self, part: Part) -> float:
         """Bytes of one layer's gradients: float32; of experts that are whole here, in the dtype of the operands."""
@@ -374,6 +409,7 @@ class Plan:
             "batch": self.work.batch,
             "seq": self.work.seq,
             "remat": self.work.remat,
+            "stack": self.stack.spell(self.model.pattern) if self.stack else None,
             "interconnect": self.work.interconnect,
             "memory_gb": {name: round(value / 1e9, 3) for name, value in memory.items()},
             "fits_h200": memory["total"] <= HBM_BYTES,
@@ -387,7 +423,7 @@ class Plan:
 
 # Of what a block has saved, how much its backward pass holds beside at a time; and of its experts' rows where they
 # travel, with their gradients, in rounds with room for half as many again. Fitted to compiled steps (BENCHMARKS.md).
-WORKING, TRAVELLING = 0.5, 7.0
+WORKING, TRAVELLING = 0.5, 4.0
 MAX_LOGITS = 2**29  # model/logprobs.py
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
 LAYERS, AXIS = "layers", "layers"  # the attribute that holds them in the tree; the logical axis of a stack
@@ -65,6 +66,23 @@ class Stack:
         walk(self.nodes, 0)
         return tuple(found[place] for place in sorted(found))
 
+    @functools.cached_property
+    def around(self) -> tuple[tuple[range, ...], ...]:
+        """For each layer, the layers of the scans around it, the outermost first; an inner scan is one of many."""
+        found: list[tuple[range, ...]] = []
+
+        def walk(nodes: tuple[Node, ...], outer: tuple[range, ...]) -> None:
+            for node in nodes:
+                if isinstance(node, int):
+                    found.append(outer)
+                    continue
+                scan = range(len(found), len(found) + _length(node))
+                for _ in range(node.count):
+                    walk(node.body, (*outer, scan))
+
+        walk(self.nodes, ())
+        return tuple(found)
+
     def canonical(self, path: tuple[Any, ...]) -> tuple[Any, ...]:
         """A path of the stacked view -> that of the first layer there."""
         return (LAYERS, int(self.members[path[1]].flat[0]), *path[2:]) if path[0] == LAYERS else path
@@ -72,6 +90,11 @@ class Stack:
     def spell(self, letters: str) -> str:
         """``3 x [M E] M * E``, from the canonical pattern."""
         return _spell(self.nodes, [letters[members.flat[0]] for members in self.members])
+
+
+def _length(node: Node) -> int:
+    """Layers of a node."""
+    return 1 if isinstance(node, int) else node.count * sum(map(_length, node.body))
 
 
 def _places(nodes: tuple[Node, ...]) -> Iterator[int]:
@@ -168,6 +191,15 @@ def one_layer(leaves: nnx.State) -> nnx.State:
         leaves,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
+
+
+def as_stored(leaves: nnx.State) -> nnx.State:
+    """Inside of a scan, the leaves of one layer in the order of their axes.
+
+    An all-gather puts the axis that it joins first. XLA would make that the order of the whole stack, in a float32
+    copy of the weights of all layers that lives as long as the step; so it is made for one layer at a time.
+    """
+    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), leaves)
 
 
 # Trees: every nnx.State in them changes its view; leaves outside of the layers stay as they are.

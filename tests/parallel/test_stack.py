@@ -95,10 +95,18 @@ def after(setup, steps=2):
     return metrics, gradients, state
 
 
+def test_the_scans_around_each_layer():
+    stack = find_stack("M" + 2 * ("*" + 3 * "EM") + "-")  # M 2 x [* 3 x [E M]] -
+    outer, first, second = range(1, 15), range(2, 8), range(9, 15)
+    inner = [(outer,), *6 * [(outer, first)], (outer,), *6 * [(outer, second)]]
+    assert stack.around == ((), *inner, ())
+
+
 @pytest.mark.parametrize(
     ("remat", "devices", "axes", "tolerance"),
     [
         ("full", 1, {}, 1e-5),
+        pytest.param("full", 8, {"fsdp": 2, "expert": 2, "context": 2}, 2e-5, marks=pytest.mark.slow),
         pytest.param("none", 8, {"fsdp": 2, "expert": 2, "tensor": 2}, 2e-5, marks=pytest.mark.slow),
     ],
 )
