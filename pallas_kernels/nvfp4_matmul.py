@@ -7,15 +7,22 @@
 10.x, with padding to tiles of 128 rows and the order of scales that tcgen05.mma wants. "reference" multiplies
 code * block scale, which is exact in bfloat16, by a plain GEMM. Both sum the same products, in another order.
 
-Shapes: M and N rows, K the summed axis, last in both, in blocks of 16.
+On a mesh, M, N and whole blocks of K are cut over devices as the operands are, and codes travel as bytes.
+(scaled_matmul's own partitioning lets K and the scales be cut differently, and fails.)
+
+Shapes: M and N rows, K the summed axis, last in both, in B blocks of 16.
 """
 
+import itertools
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from pallas_kernels import floats
@@ -41,9 +48,23 @@ def nvfp4_matmul(a: NVFP4, b: NVFP4, *, impl: str | None = None) -> Array:
         )
     *rows, halves = a.codes.shape
     codes, scales = a.codes.reshape(-1, halves), a.scales.reshape(-1, a.scales.shape[-1])
-    product = _IMPLEMENTATIONS[choose("nvfp4_matmul", impl)](codes, scales, b.codes, b.scales)
+    product = _IMPLEMENTATIONS[implementation(2 * halves, impl)](codes, scales, b.codes, b.scales)
     alpha = a.global_scale().reshape(-1, 1) * b.global_scale().reshape(1, -1)
     return (product * alpha).reshape(*rows, len(b.codes))
+
+
+def implementation(inner: int, impl: str | None = None) -> str:
+    """What multiplies tensors with ``inner`` elements along K here; arguments and errors of `nvfp4_matmul`."""
+    return choose("nvfp4_matmul", impl, unfit={"cudnn": _parts_of_blocks(inner)})
+
+
+def _parts_of_blocks(inner: int) -> str:
+    """Why devices of the mesh might hold parts of blocks ("" where they cannot), which XLA cannot name on the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = [size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes]
+    products = {math.prod(some) for n in range(len(sizes)) for some in itertools.combinations(sizes, n + 1)}
+    bad = sorted(p for p in products if inner % p == 0 and inner // BLOCK % p)
+    return f"cut over {bad[0]} devices, K = {inner} is not whole blocks of {BLOCK} on each" if bad else ""
 
 
 def _shape(tensor: NVFP4) -> list[int]:
@@ -59,18 +80,58 @@ def nvfp4_matmul_reference(a_codes: Array, a_scales: Array, b_codes: Array, b_sc
 
 def nvfp4_matmul_cudnn(a_codes: Array, a_scales: Array, b_codes: Array, b_scales: Array) -> Array:
     """The same, by codes and scales."""
-    a, a_scales = _for_cudnn(a_codes, a_scales)
-    b, b_scales = _for_cudnn(b_codes, b_scales)
+    blocks = [codes.reshape(*scales.shape, BLOCK // 2) for codes, scales in ((a_codes, a_scales), (b_codes, b_scales))]
+    return _cut_by_blocks(*blocks, floats.e4m3_bits(a_scales), floats.e4m3_bits(b_scales))
+
+
+@custom_partitioning
+def _cut_by_blocks(a_MBH: Array, b_NBH: Array, a_scales_MB: Array, b_scales_NB: Array) -> Array:
+    """Packed codes and e4m3 codes, all uint8; H = 8 bytes of a block."""
+    a, a_scales = _for_cudnn(a_MBH, a_scales_MB)
+    b, b_scales = _for_cudnn(b_NBH, b_scales_NB)
     return jax.nn.scaled_matmul(a, b, a_scales, b_scales, preferred_element_type=jnp.float32)[0]
 
 
-def _for_cudnn(codes: Array, scales: Array) -> tuple[Array, Array]:
-    """float4_e2m1fn [1, M, K] and float8_e4m3fn [1, M, K / 16]; K padded to 32: rows of whole 16 bytes."""
-    odd = scales.shape[-1] % 2
-    codes = jnp.pad(codes, ((0, 0), (0, odd * BLOCK // 2)))
-    scales = jnp.pad(floats.e4m3_bits(scales), ((0, 0), (0, odd)))
-    pairs = lax.bitcast_convert_type(codes, jnp.float4_e2m1fn)  # the low nibble first
-    return pairs.reshape(1, len(codes), -1), floats.as_e4m3(scales)[None]
+def _for_cudnn(codes_MBH: Array, scales_MB: Array) -> tuple[Array, Array]:
+    """float4_e2m1fn [1, M, K] and float8_e4m3fn [1, M, B]; K padded to 32: rows of whole 16 bytes."""
+    odd = (0, scales_MB.shape[1] % 2)
+    codes_MBH, scales_MB = jnp.pad(codes_MBH, ((0, 0), odd, (0, 0))), jnp.pad(scales_MB, ((0, 0), odd))
+    pairs = lax.bitcast_convert_type(codes_MBH, jnp.float4_e2m1fn)  # the low nibble first
+    return pairs.reshape(1, len(scales_MB), -1), floats.as_e4m3(scales_MB)[None]
+
+
+def _partition(mesh: Any, operands: Any, result: Any) -> Any:
+    """Rows and blocks as they lie; blocks whole on each device where the two operands differ or do not divide."""
+
+    def cut(array: Any, axis: int) -> Any:
+        spec = (*array.sharding.spec, *[None] * array.ndim)[axis]
+        return None if array.shape[axis] % math.prod(mesh.shape[name] for name in _names(spec)) else spec
+
+    a, b, *_ = operands
+    rows, columns = cut(a, 0), cut(b, 0)
+    if set(_names(rows)) & set(_names(columns)):
+        columns = None
+    blocks = cut(a, 1) if cut(a, 1) == cut(b, 1) else None
+
+    def product(*parts: Array) -> Array:
+        whole_or_part = _cut_by_blocks.fun(*parts)
+        return lax.psum(whole_or_part, _names(blocks)) if _names(blocks) else whole_or_part
+
+    specs = (rows, blocks, None), (columns, blocks, None), (rows, blocks), (columns, blocks)
+    return (
+        mesh,
+        product,
+        NamedSharding(mesh, PartitionSpec(rows, columns)),
+        tuple(NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs),
+    )
+
+
+def _names(spec: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if spec is None else (spec,) if isinstance(spec, str) else tuple(spec)
+
+
+_cut_by_blocks.def_partition(partition=_partition, sharding_rule="m b h, n b h, m b, n b -> m n")
 
 
 _IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {

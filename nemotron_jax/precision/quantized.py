@@ -36,9 +36,9 @@ from jax import Array, lax
 
 from nemotron_jax.precision.formats import NVFP4, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
-from pallas_kernels import floats, grouped_matmul, nvfp4_matmul
-from pallas_kernels.dispatch import choose
+from pallas_kernels import floats, grouped_matmul
 from pallas_kernels.nvfp4 import e2m1_value, global_scale, hadamard16_of, nvfp4_codes, pack
+from pallas_kernels.nvfp4_matmul import implementation, nvfp4_matmul
 
 DGRAD, WGRAD = 1, 2  # which product random bits are for
 
@@ -135,7 +135,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 def _product(a: Operand, b: Operand, axis: int, precision: Precision) -> Array:
     """float32, summed over an axis of both operands' values."""
-    if a.coded is not None and b.coded is not None and choose("nvfp4_matmul") != "reference":
+    if a.coded is not None and b.coded is not None and implementation(a.values.shape[axis]) != "reference":
         return nvfp4_matmul(a.coded, b.coded)
     exact = lax.Precision.HIGHEST if precision.operands == "float32" else lax.Precision.DEFAULT
     contract = (((axis,), (axis,)), ((), ()))
