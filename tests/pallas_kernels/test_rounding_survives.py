@@ -1,4 +1,4 @@
-"""XLA:GPU deletes a cast to a small format and back. Our rounding is still there in programs compiled for an H200 or B200.
+"""XLA:GPU deletes a cast to a small format and back. Our rounding is still there in programs for an H200 or B200.
 
 Needs the compiler for GPUs, not a GPU; skipped where it is not installed (`make compile-gpu` brings it).
 """
