@@ -8,6 +8,7 @@ from pallas_kernels.block_scaled_matmul import block_scaled_matmul
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_mlp import grouped_mlp
+from pallas_kernels.nvfp4_matmul import nvfp4_matmul
 from pallas_kernels.permute import permute, unpermute
 from pallas_kernels.ssd import ssd
 from pallas_kernels.take_rows import take_rows
@@ -19,6 +20,7 @@ __all__ = [
     "decode_attention",
     "grouped_matmul",
     "grouped_mlp",
+    "nvfp4_matmul",
     "permute",
     "ssd",
     "take_rows",

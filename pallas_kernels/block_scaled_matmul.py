@@ -22,24 +22,32 @@ from jax.typing import DTypeLike
 from pallas_kernels import block_scaled_matmul_mosaic
 from pallas_kernels.cost import BF16, Cost
 from pallas_kernels.dispatch import choose, require_shape
-from pallas_kernels.nvfp4 import BLOCK
+from pallas_kernels.nvfp4 import BLOCK, NVFP4
+from pallas_kernels.nvfp4_matmul import nvfp4_matmul
 from pallas_kernels.packed import Packed
 
 
-def block_scaled_matmul(x: jax.Array, w: Packed, *, impl: str | None = None) -> jax.Array:
+def block_scaled_matmul(x: jax.Array | NVFP4, w: Packed | NVFP4, *, impl: str | None = None) -> jax.Array:
     """Multiply by a packed weight; differentiable in x, the weight is frozen.
 
     Args:
-      x: [..., K] bfloat16 or float32.
-      w: [K, N], NVFP4 or FP8.
+      x: [..., K] bfloat16 or float32. Or NVFP4, quantised along K: `nvfp4_matmul`, which is not differentiable.
+      w: [K, N], NVFP4 or FP8. For NVFP4 x: NVFP4 [N, K], quantised along K.
       impl: implementation name, None to choose (`dispatch.OPS`).
 
     Returns:
-      [..., N] in x's dtype, accumulated in float32.
+      [..., N] in x's dtype, accumulated in float32; float32 for NVFP4 x.
 
     Raises:
       ValueError: shapes do not fit, or `impl` cannot run.
     """
+    if isinstance(x, NVFP4) or isinstance(w, NVFP4):
+        if not (isinstance(x, NVFP4) and isinstance(w, NVFP4)):
+            raise ValueError(
+                "block_scaled_matmul: expected an array and a Packed weight, or two NVFP4 tensors, got "
+                f"{type(x).__name__} and {type(w).__name__}: quantise both (quantize_nvfp4) or neither"
+            )
+        return nvfp4_matmul(x, w, impl=impl)
     require_shape("block_scaled_matmul", "w", w, "[K, N]", (x.shape[-1], None))
     rows = x.reshape(-1, x.shape[-1])
     reason = block_scaled_matmul_mosaic.unfit(x, w, rows.shape[0]) or _sharded()

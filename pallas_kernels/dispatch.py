@@ -52,6 +52,12 @@ def on_hopper() -> str:
     return "" if target == "sm_90a" else "needs an NVIDIA GPU of compute capability 9.0"
 
 
+def on_blackwell() -> str:
+    """ "" when programs run on (or are compiled for) a GPU of compute capability 10.x, else the reason."""
+    target = _target.get() or _local_target()
+    return "" if target in ("sm_100a", "sm_103a") else "needs an NVIDIA GPU of compute capability 10.x"
+
+
 OPS: dict[str, dict[str, SupportCheck]] = {
     "ssd": {"mosaic": on_hopper, "reference": _anywhere},
     "causal_conv1d": {"mosaic": on_hopper, "reference": _anywhere},
@@ -61,6 +67,7 @@ OPS: dict[str, dict[str, SupportCheck]] = {
     "decode_attention": {"mosaic": on_hopper, "cudnn": on_hopper, "reference": _anywhere},
     "take_rows": {"mosaic": on_hopper, "reference": _anywhere},
     "block_scaled_matmul": {"mosaic": on_hopper, "reference": _anywhere},
+    "nvfp4_matmul": {"cudnn": on_blackwell, "reference": _anywhere},
     "permute": {"reference": _anywhere},
     "unpermute": {"reference": _anywhere},
 }

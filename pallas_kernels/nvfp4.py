@@ -144,12 +144,11 @@ def quantize_nvfp4(
     return NVFP4(pack(codes.reshape(x.shape)), floats.as_e4m3(scales), amax, bound)
 
 
-def nvfp4_operand(
-    x: Array, amax: Array, *, axis: int, bits: Array | None = None, dtype: DTypeLike
-) -> tuple[Array, Array]:
-    """What `quantize_nvfp4(...).operand` is, without codes in between and with blocks along any axis.
+def nvfp4_codes(x: Array, amax: Array, *, axis: int, bits: Array | None = None) -> tuple[Array, Array]:
+    """What `quantize_nvfp4` rounds to, not packed and with blocks along any axis.
 
-    Packed codes would be written and read again, and blocks that do not lie along the last axis transposed twice.
+    Packed codes would be written and read again where code * scale is wanted, and blocks that do not lie along the
+    last axis transposed twice.
 
     Args:
       x: a block is the elements along ``axis``, which has 16.
@@ -157,16 +156,14 @@ def nvfp4_operand(
       bits: uint8 like x, for stochastic rounding; None: to nearest.
 
     Returns:
-      code * scale, like x, in ``dtype``; and the scales of the blocks, float32, with that axis of size 1.
+      codes 0..15, uint8 like x; and the e4m3 codes of the blocks' scales, uint8, with that axis of size 1.
     """
     x = x.astype(jnp.float32)
     encode = _encode_scale(amax, E2M1_MAX * 448)
     largest = floats.absolute_max(x, axis=axis, keepdims=True)
     scales = floats.e4m3_code(jnp.minimum(floats.product(largest, encode * jnp.float32(1 / 6)), 448.0))
     scaled = floats.product(x, _block_encode(scales, encode))
-    codes = e2m1_nearest_code(scaled) if bits is None else _stochastic_code(scaled, bits)
-    values = floats.e4m3_value(scales)
-    return (e2m1_value(codes) * values).astype(dtype), values
+    return e2m1_nearest_code(scaled) if bits is None else _stochastic_code(scaled, bits), scales
 
 
 def _rows(amax: Array, shape: tuple[int, ...]) -> Array:

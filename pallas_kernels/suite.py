@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import dispatch, floats
 from pallas_kernels.cost import Cost
+from pallas_kernels.nvfp4 import NVFP4
 from pallas_kernels.packed import Packed
 
 # Modules, since the package exports functions by the same names.
@@ -26,6 +27,7 @@ _mlp = importlib.import_module("pallas_kernels.grouped_mlp")
 _attention = importlib.import_module("pallas_kernels.attention")
 _take_rows = importlib.import_module("pallas_kernels.take_rows")
 _block_scaled = importlib.import_module("pallas_kernels.block_scaled_matmul")
+_nvfp4_matmul = importlib.import_module("pallas_kernels.nvfp4_matmul")
 _permute = importlib.import_module("pallas_kernels.permute")
 
 
@@ -82,6 +84,22 @@ def _bfloat16_product(x, codes, block_scales, scale, dense, group_sizes=None):
     """The same product with a weight in x's dtype."""
     del codes, block_scales, scale
     return x @ dense if group_sizes is None else _grouped.grouped_matmul(x, dense, group_sizes)
+
+
+def _nvfp4_product(a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, a, b, *, impl=None):
+    """The product of NVFP4 tensors by the arrays that they consist of; scales: uint8 codes."""
+    del a, b
+    tensors = [
+        NVFP4(codes, floats.as_e4m3(scales), amax)
+        for codes, scales, amax in ((a_codes, a_scales, a_amax), (b_codes, b_scales, b_amax))
+    ]
+    return _nvfp4_matmul.nvfp4_matmul(*tensors, impl=impl)
+
+
+def _unquantised_product(a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, a, b):
+    """The product of what the tensors were before."""
+    del a_codes, a_scales, a_amax, b_codes, b_scales, b_amax
+    return a @ b.T
 
 
 SUITE = {
@@ -150,6 +168,17 @@ SUITE = {
         float32=("scale",),
         peers={"bfloat16": _bfloat16_product},
         for_peers=("dense",),
+        backward=False,
+    ),
+    "nvfp4_matmul": Op(
+        _nvfp4_product,
+        _nvfp4_matmul.CASES,
+        _nvfp4_matmul.BENCHMARKS,
+        _nvfp4_matmul.example_inputs,
+        _nvfp4_matmul.cost,
+        float32=("a_amax", "b_amax"),
+        peers={"bfloat16": _unquantised_product},
+        for_peers=("a", "b"),
         backward=False,
     ),
     "permute": Op(

@@ -8,8 +8,11 @@ Source: NVIDIA TransformerEngine, common/recipe and pytorch/quantization.py (NVF
     dw = x^T dy          RHT(x^T) 1x16 along tokens         RHT(dy^T) 1x16 along tokens, stochastic
 
 RHT is the Hadamard transform of every 16 tokens; it cancels in the product. Operands are code * block scale, which are
-exact in bfloat16; the scales of the tensors are applied to the float32 result. MXFP8 and FP8 round the same operands
-to nearest: 32 elements of the summed axis share a power of two, or a tensor one scale.
+exact in bfloat16; the scales of the tensors are applied to the float32 result. On Blackwell the tensor cores take the
+codes and block scales themselves (pallas_kernels/nvfp4_matmul.py); the experts' products are emulated there too.
+
+MXFP8 and FP8 round the same operands to nearest: 32 elements of the summed axis share a power of two, or a tensor one
+scale.
 
 The routed experts are tensors of their own: each has its amax, and blocks of tokens do not cross from one to the
 next, since groups are padded to whole blocks. On a mesh an amax is that of the tensor on all devices, and blocks of
@@ -34,7 +37,8 @@ from jax import Array, lax
 from nemotron_jax.precision.formats import NVFP4, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
 from pallas_kernels import floats, grouped_matmul
-from pallas_kernels.nvfp4 import global_scale, hadamard16_of, nvfp4_operand
+from pallas_kernels.nvfp4 import e2m1_value, global_scale, hadamard16_of, nvfp4_codes, pack
+from pallas_kernels.nvfp4_matmul import implementation, nvfp4_matmul
 
 DGRAD, WGRAD = 1, 2  # which product random bits are for
 
@@ -55,12 +59,17 @@ def new_probe() -> Array:
 class Operand(NamedTuple):
     """``values * scale`` is the quantised tensor; values are exact in the dtype of the GEMM, scale is float32.
 
-    counts: float32, COUNTS along the last axis; XLA computes them where somebody asks for them.
+    Of values, counts and coded, XLA computes those that somebody asks for.
+
+    Attributes:
+      counts: float32, COUNTS along the last axis.
+      coded: the same tensor with the summed axis last, where it is NVFP4 with one scale, or one for each row.
     """
 
     values: Array
     scale: Array
     counts: Array
+    coded: NVFP4 | None = None
 
 
 def _operand(z: Array, values: Array, scale: Array, limit: Array) -> Operand:
@@ -89,7 +98,7 @@ def _forward(x_MK: Array, w_KN: Array, precision: Precision) -> tuple[Array, Arr
     """The product, and COUNTS of x and w."""
     with jax.named_scope("fprop"):
         x, w = quantize_rows(x_MK, precision), _weight(w_KN.T, precision)
-    return _product(x, w, ((1,), (1,)), precision).astype(x_MK.dtype), jnp.stack([x.counts, w.counts])
+    return _product(x, w, 1, precision).astype(x_MK.dtype), jnp.stack([x.counts, w.counts])
 
 
 def _matmul_fwd(
@@ -105,13 +114,13 @@ def _matmul_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> t
     with jax.named_scope("dgrad"):
         dy, w = quantize_rows(dy_MN, precision, bits), _weight(w_KN, precision)
     counts = [dy.counts]
-    dx = _product(dy, w, ((1,), (1,)), precision)
+    dx = _product(dy, w, 1, precision)
     padding = ((0, -len(x_MK) % _block(precision)), (0, 0))
     x_MK, dy_MN = jnp.pad(x_MK, padding), jnp.pad(dy_MN, padding)
     bits = _bits(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1])
     with jax.named_scope("wgrad"):
         x, dy = quantize_tokens(x_MK, precision), quantize_tokens(dy_MN, precision, bits)
-    dw = _product(x, dy, ((0,), (0,)), precision)
+    dw = _product(x, dy, 0, precision)
     counts += [x.counts, dy.counts]
     return dx.astype(x_MK.dtype), dw.astype(w_KN.dtype), None, _of_probe(forward, counts)
 
@@ -124,11 +133,13 @@ def _of_probe(forward: Array | None, backward: list[Array]) -> Array | None:
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def _product(a: Operand, b: Operand, contract: tuple[tuple[int, ...], tuple[int, ...]], precision: Precision) -> Array:
+def _product(a: Operand, b: Operand, axis: int, precision: Precision) -> Array:
+    """float32, summed over an axis of both operands' values."""
+    if a.coded is not None and b.coded is not None and implementation(a.values.shape[axis]) != "reference":
+        return nvfp4_matmul(a.coded, b.coded)
     exact = lax.Precision.HIGHEST if precision.operands == "float32" else lax.Precision.DEFAULT
-    product = lax.dot_general(
-        a.values, b.values, (contract, ((), ())), precision=exact, preferred_element_type=jnp.float32
-    )
+    contract = (((axis,), (axis,)), ((), ()))
+    product = lax.dot_general(a.values, b.values, contract, precision=exact, preferred_element_type=jnp.float32)
     return product * (a.scale * b.scale)
 
 
@@ -140,20 +151,19 @@ def _block(precision: Precision) -> int:
 def _weight(w_NK: Array, precision: Precision, amax: Array | None = None) -> Operand:
     """Quantised along its last axis; ``amax`` float32 []; None: of what is here."""
     if precision.format == "nvfp4":
-        quantized = quantize_nvfp4(w_NK, block=precision.weight_block, amax=amax)
-        return _nvfp4_operand(w_NK, quantized, precision)
+        coded = quantize_nvfp4(w_NK, block=precision.weight_block, amax=amax)
+        limit = 6 * floats.e4m3_value(floats.e4m3_bits(coded.scales))
+        operand = _operand(w_NK, coded.operand(precision.operands), coded.global_scale(), limit)
+        return operand._replace(coded=coded)
     return quantize_rows(w_NK, precision, amax=amax)
 
 
-def _nvfp4_operand(z: Array, quantized: NVFP4, precision: Precision) -> Operand:
-    limit = 6 * floats.e4m3_value(floats.e4m3_bits(quantized.scales))
-    return _operand(z, quantized.operand(precision.operands), quantized.global_scale(), limit)
-
-
-def _blocks(z: Array, amax: Array, axis: int, bits: Array | None, precision: Precision) -> Operand:
-    """NVFP4 with blocks of the 16 elements along an axis; ``amax`` float32, to broadcast against z."""
-    values, scales = nvfp4_operand(z, amax, axis=axis, bits=bits, dtype=precision.operands)
-    return _operand(z, values, global_scale(amax), 6 * scales)
+def _blocks(z: Array, amax: Array, axis: int, bits: Array | None, precision: Precision) -> tuple[Operand, Array, Array]:
+    """NVFP4 with blocks of the 16 elements along an axis, and its codes; ``amax`` float32, to broadcast against z."""
+    codes, scales = nvfp4_codes(z, amax, axis=axis, bits=bits)
+    steps = floats.e4m3_value(scales)
+    values = (e2m1_value(codes) * steps).astype(precision.operands)
+    return _operand(z, values, global_scale(amax), 6 * steps), codes, scales
 
 
 @jax.named_scope("rows")
@@ -169,16 +179,17 @@ def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, 
         amax = floats.absolute_max(z_MK) if amax is None else amax
         blocks = (len(z_MK), -1, 16)
         bits = None if bits is None else bits.reshape(blocks)
-        operand = _blocks(z_MK.reshape(blocks), amax[..., None], 2, bits, precision)
-        return Operand(operand.values.reshape(z_MK.shape), global_scale(amax), operand.counts)
+        operand, codes, scales = _blocks(z_MK.reshape(blocks), amax[..., None], 2, bits, precision)
+        coded = NVFP4(pack(codes.reshape(z_MK.shape)), floats.as_e4m3(scales[..., 0]), amax)
+        return Operand(operand.values.reshape(z_MK.shape), global_scale(amax), operand.counts, coded)
     if precision.format == "mxfp8":
         mx = quantize_mxfp8(z_MK)
         limit = 448 * floats.float_of(mx.scales.astype(jnp.uint32) << 23)
         return _operand(z_MK, mx.dequantize(dtype), jnp.float32(1), limit)
     if amax is not None and amax.ndim:
-        codes = jax.vmap(lambda row, amax: quantize_fp8(row, amax=amax[0]))(z_MK, amax)
-        values = floats.e4m3_value(floats.e4m3_bits(codes.codes)).astype(dtype)
-        return _operand(z_MK, values, codes.scale[:, None], jnp.float32(448))
+        each = jax.vmap(lambda row, amax: quantize_fp8(row, amax=amax[0]))(z_MK, amax)
+        values = floats.e4m3_value(floats.e4m3_bits(each.codes)).astype(dtype)
+        return _operand(z_MK, values, each.scale[:, None], jnp.float32(448))
     one = quantize_fp8(z_MK, amax=amax)
     values = floats.e4m3_value(floats.e4m3_bits(one.codes)).astype(dtype)
     return _operand(z_MK, values, one.scale, jnp.float32(448))
@@ -212,9 +223,12 @@ def quantize_tokens(
         amax_B = amax_E[jnp.minimum(block_expert, experts - 1)]
     if precision.format == "nvfp4":
         bits = None if bits is None else bits.reshape(z_BSK.shape)
-        operand = _blocks(z_BSK, amax_B[:, None, None], 1, bits, precision)
-        scale = global_scale(amax if block_expert is None else amax_E)
-        return Operand(operand.values.reshape(z_MK.shape), scale, operand.counts)
+        operand, codes, scales = _blocks(z_BSK, amax_B[:, None, None], 1, bits, precision)
+        values = operand.values.reshape(z_MK.shape)
+        if block_expert is not None:
+            return Operand(values, global_scale(amax_E), operand.counts)
+        coded = NVFP4(pack(codes.reshape(z_MK.shape).T), floats.as_e4m3(scales[:, 0].T), amax)
+        return Operand(values, global_scale(amax), operand.counts, coded)
     z_BKS = jnp.swapaxes(z_BSK, 1, 2)
     rows = z_BKS.reshape(-1, size)
     if block_expert is None:
@@ -320,8 +334,8 @@ _experts.defvjp(_experts_fwd, _experts_bwd)
 def _expert_weights(w_ENK: Array, precision: Precision) -> Operand:
     """Each expert quantised along its last axis: values [E, N, K], scale [E]."""
     amax_E = _of_all(floats.absolute_max(w_ENK, axis=(1, 2)), precision.cut.inputs + precision.cut.outputs)
-    values, scale, counts_E = jax.vmap(lambda w, amax: _weight(w, precision, amax))(w_ENK, amax_E)
-    return Operand(values, scale, counts_E.sum(0))
+    each = jax.vmap(lambda w, amax: _weight(w, precision, amax))(w_ENK, amax_E)
+    return Operand(each.values, each.scale, each.counts.sum(0))
 
 
 def _grouped(

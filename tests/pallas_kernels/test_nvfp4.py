@@ -11,9 +11,10 @@ import pytest
 from pallas_kernels import floats
 from pallas_kernels.nvfp4 import (
     NVFP4,
+    e2m1_value,
     hadamard16,
     hadamard16_of,
-    nvfp4_operand,
+    nvfp4_codes,
     pack,
     quantize_nvfp4,
     round_e2m1_stochastic,
@@ -263,15 +264,16 @@ def test_refused(options, message):
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("axis", [1, 2])
-def test_operands_without_codes_are_those_of_the_codes(axis, rounding):
-    """Along either axis, with an amax of each row of blocks; zeros, outliers, NaN and subnormal numbers among them."""
+def test_codes_of_blocks_along_either_axis(axis, rounding):
+    """Those of quantize_nvfp4, with an amax of each row of blocks; zeros, outliers, NaN and subnormals among them."""
     rng = np.random.default_rng(5)
     x = (rng.normal(size=(6, 16, 16)) * np.array([1, 1e-41, 0, 1e30, 1e-6, 1])[:, None, None]).astype(np.float32)
     x[0, 3, 4], x[5, 2, 1] = 1e4, np.nan
     x = jnp.asarray(x)
     bits = jnp.asarray(rng.integers(0, 256, x.shape, dtype=np.uint8)) if rounding == "stochastic" else None
     amax = floats.absolute_max(x, axis=(1, 2), keepdims=True)
-    got, _ = nvfp4_operand(x, amax, axis=axis, bits=bits, dtype=jnp.float32)
+    codes, scales = nvfp4_codes(x, amax, axis=axis, bits=bits)
+    got = e2m1_value(codes) * floats.e4m3_value(scales)
     last, last_bits = (z if z is None or axis == 2 else jnp.swapaxes(z, 1, 2) for z in (x, bits))
     amax = jnp.broadcast_to(amax, (6, 16, 1))
     want = quantize_nvfp4(last, rounding=rounding, bits=last_bits, amax=amax).operand(jnp.float32)

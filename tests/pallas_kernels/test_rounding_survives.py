@@ -1,4 +1,4 @@
-"""XLA:GPU deletes a cast to a small format and back. Our rounding is still there in programs compiled for an H200.
+"""XLA:GPU deletes a cast to a small format and back. Our rounding is still there in programs for an H200 or B200.
 
 Needs the compiler for GPUs, not a GPU; skipped where it is not installed (`make compile-gpu` brings it).
 """
@@ -40,10 +40,10 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_gpu_program_rounds_as_the_cpu_does(name):
+@pytest.mark.parametrize(("name", "target"), [*((name, "h200") for name in FORMATS), ("nvfp4", "b200")])
+def test_the_gpu_program_rounds_as_the_cpu_does(name, target):
     expected = np.asarray(jax.jit(FORMATS[name])(X, BITS))
-    found = run_on_cpu(optimised(FORMATS[name], (X, BITS)), (X, BITS))
+    found = run_on_cpu(optimised(FORMATS[name], (X, BITS), target), (X, BITS))
     np.testing.assert_array_equal(found, expected)
     assert np.abs(expected - X).max() > 0.001
 

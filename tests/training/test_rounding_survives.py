@@ -1,4 +1,4 @@
-"""A whole step of NVFP4 training, compiled for an H200: each operand of each product is still rounded in it.
+"""A whole step of NVFP4 training, compiled for an H200 and a B200: each operand of each product is still rounded in it.
 
 XLA:GPU deletes a cast to a small format and back. The program is searched for what rounding is made of, by the scopes
 of precision/quantized.py. Needs the compiler for GPUs, not a GPU (`make compile-gpu` brings it).
@@ -29,26 +29,34 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not compiler(), reason="no co
 NVFP4_MATMULS = 5
 
 
-def found_in_a_step():
-    """{(product, operand): Counter of the instructions within its scope}."""
+# Those of them that the tensor cores of a B200 take by codes: not the experts'.
+NATIVE_MATMULS = 3
+
+
+def found_in_a_step(target="h200"):
+    """{(product, operand): Counter of the instructions within its scope}, and the calls of cuDNN's scaled matmul."""
     config = dataclasses.replace(tiny_run(model=MODEL), precision=PrecisionConfig("nvfp4"))
-    setup = TrainSetup(config, make_mesh(config.parallel, aot.devices("h200")))
+    setup = TrainSetup(config, make_mesh(config.parallel, aot.devices(target)))
     batch = jax.tree.map(
         lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=batch_sharding(setup.mesh)),
         random_batch(np.random.default_rng(0)),
     )
-    with aot.compiling_for("h200"), jax.set_mesh(setup.mesh):
+    with aot.compiling_for(target), jax.set_mesh(setup.mesh):
         text = make_train_step(setup).lower(setup.abstract_state(), batch).compile().as_text()
     found: dict[tuple[str, str], Counter] = {}
     for kind, operation, name in re.findall(r"= (\w+)\[[^\n]*? ([\w-]+)\([^\n]*op_name=\"([^\"]*)\"", text):
         scope = re.search(r"(fprop|dgrad|wgrad)\b.*?\b(weight|rows|tokens)\b", name)
         if scope:
             found.setdefault(scope.groups(), Counter())[kind, operation] += 1
-    return found
+    return found, text.count('custom_call_target="__cudnn$blockScaledDot"')
 
 
-def test_each_operand_is_rounded():
-    found = found_in_a_step()
+@pytest.mark.parametrize("target", ["h200", "b200"])
+def test_each_operand_is_rounded(target):
+    jax.clear_caches()  # layers are traced for what runs on one target
+    found, calls = found_in_a_step(target)
+    jax.clear_caches()
+    assert calls == (3 * NATIVE_MATMULS if target == "b200" else 0)
     assert set(found) >= {
         ("fprop", "rows"),
         ("fprop", "weight"),
@@ -75,7 +83,7 @@ def test_this_would_show_it(monkeypatch):
     monkeypatch.setattr(pallas_kernels.nvfp4, "e2m1_nearest_code", code)
     jax.clear_caches()
     try:
-        for scope, instructions in found_in_a_step().items():
+        for scope, instructions in found_in_a_step()[0].items():
             assert instructions["u8", "add"] < 6, scope
     finally:
         jax.clear_caches()
