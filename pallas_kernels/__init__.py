@@ -9,6 +9,7 @@ from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_mlp import grouped_mlp
 from pallas_kernels.permute import permute, unpermute
+from pallas_kernels.quantize import quantize
 from pallas_kernels.ssd import ssd
 from pallas_kernels.take_rows import take_rows
 
@@ -20,6 +21,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_mlp",
     "permute",
+    "quantize",
     "ssd",
     "take_rows",
     "unpermute",

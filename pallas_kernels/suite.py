@@ -27,6 +27,7 @@ _attention = importlib.import_module("pallas_kernels.attention")
 _take_rows = importlib.import_module("pallas_kernels.take_rows")
 _block_scaled = importlib.import_module("pallas_kernels.block_scaled_matmul")
 _permute = importlib.import_module("pallas_kernels.permute")
+_quantize = importlib.import_module("pallas_kernels.quantize")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,19 @@ def _bfloat16_product(x, codes, block_scales, scale, dense, group_sizes=None):
     """The same product with a weight in x's dtype."""
     del codes, block_scales, scale
     return x @ dense if group_sizes is None else _grouped.grouped_matmul(x, dense, group_sizes)
+
+
+def _quantized(x_bits, amax, amax_columns, *, hadamard, seed=None, impl=None):
+    """As integers, so that the bits are compared: x bfloat16 in uint16 -> codes and scales, of rows and columns."""
+    x = jax.lax.bitcast_convert_type(x_bits, jnp.bfloat16)
+    both = _quantize.quantize(x, amax, amax_columns, hadamard=hadamard, seed=seed, impl=impl)
+    return tuple(bits for one in both for bits in (one.codes, floats.e4m3_bits(one.scales)))
+
+
+def _quantize_inputs(case, seed, dtype):
+    del dtype
+    (x, *maxima), settings = _quantize.example_inputs(case, seed, jnp.bfloat16)
+    return (jax.lax.bitcast_convert_type(x, jnp.uint16), *maxima), settings
 
 
 SUITE = {
@@ -150,6 +164,15 @@ SUITE = {
         float32=("scale",),
         peers={"bfloat16": _bfloat16_product},
         for_peers=("dense",),
+        backward=False,
+    ),
+    "quantize": Op(
+        _quantized,
+        _quantize.CASES,
+        _quantize.BENCHMARKS,
+        _quantize_inputs,
+        _quantize.cost,
+        float32=("amax", "amax_columns"),
         backward=False,
     ),
     "permute": Op(

@@ -35,9 +35,8 @@ from nemotron_jax.precision.formats import NVFP4, quantize_fp8, quantize_mxfp8, 
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
 from pallas_kernels import floats, grouped_matmul
 from pallas_kernels.nvfp4 import global_scale, hadamard16_of, nvfp4_operand
-
-DGRAD, WGRAD = 1, 2  # which product random bits are for
-
+from pallas_kernels.quantize import DGRAD, WGRAD
+from pallas_kernels.random_bits import random_bytes
 
 OPERANDS = ("x", "w", "dy", "x_tokens", "dy_tokens")  # the last two in blocks along tokens, for the weight's gradient
 COUNTS = ("non_zero", "flushed", "saturated", "non_finite")
@@ -372,20 +371,3 @@ def _places(z_MK: Array) -> Array:
 
 def _bits(precision: Precision, seed: Array, product: int, token_M: Array, columns: int) -> Array | None:
     return random_bytes(seed, product, token_M, columns) if precision.draws else None
-
-
-def random_bytes(seed: Array, stream: int, token_M: Array, columns: int) -> Array:
-    """uint8 [M, N] that depend on seed, stream, token (uint32) and column alone; four of them from one hash."""
-    quarter = -(-columns // 4)
-    row = token_M[:, None]
-    column = lax.broadcasted_iota(jnp.uint32, (1, quarter), 1)
-    word = _mix(_mix(_mix(seed.astype(jnp.uint32) + jnp.uint32(stream * 0x9E3779B9 % 2**32)) + row) ^ column)
-    parts = [(word >> shift).astype(jnp.uint8) for shift in (0, 8, 16, 24)]
-    return jnp.stack(parts, axis=-1).reshape(len(token_M), 4 * quarter)[:, :columns]
-
-
-def _mix(x: Array) -> Array:
-    """The finaliser of MurmurHash3: every bit of the result depends on every bit of x."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

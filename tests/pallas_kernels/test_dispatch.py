@@ -21,6 +21,7 @@ SIGNATURES = {
     "decode_attention": "(q, k_cache, v_cache, lengths, *, page_table=None, scale=None, impl=None)",
     "take_rows": "(table, ids, *, dtype=None, impl=None)",
     "block_scaled_matmul": "(x, w, *, impl=None)",
+    "quantize": "(x, amax, amax_columns, *, hadamard=False, seed=None, impl=None)",
     "permute": "(x, expert_ids, num_experts, *, impl=None)",
     "unpermute": "(rows, row_map, weights, *, impl=None)",
 }
