@@ -16,13 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import floats
+from pallas_kernels import floats, quantize_mosaic
 from pallas_kernels.cost import BF16, Cost
-from pallas_kernels.dispatch import choose, require_shape
+from pallas_kernels.dispatch import choose, require_shape, sharded
 from pallas_kernels.nvfp4 import BLOCK, NVFP4, hadamard16_of, quantize_nvfp4
-from pallas_kernels.random_bits import random_bytes
-
-DGRAD, WGRAD = 1, 2  # the streams of random bytes, by the product that they are for: of rows, of columns
+from pallas_kernels.random_bits import DGRAD, WGRAD, random_bytes
 
 
 def quantize(
@@ -57,7 +55,7 @@ def quantize(
         raise ValueError(f"quantize: x must be bfloat16 or float32, got {x.dtype}")
     if any(size % BLOCK for size in x.shape):
         raise ValueError(f"quantize: M and N must be multiples of {BLOCK}, got {list(x.shape)}")
-    chosen = choose("quantize", impl)
+    chosen = choose("quantize", impl, unfit={"mosaic": quantize_mosaic.unfit(x) or sharded()})
     return _IMPLEMENTATIONS[chosen](x, amax, amax_columns, hadamard, seed)
 
 
@@ -85,7 +83,10 @@ def quantize_reference(
     )
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., tuple[NVFP4, NVFP4]]] = {"reference": quantize_reference}
+_IMPLEMENTATIONS: dict[str, Callable[..., tuple[NVFP4, NVFP4]]] = {
+    "mosaic": quantize_mosaic.quantize,
+    "reference": quantize_reference,
+}
 
 
 class Case(NamedTuple):

@@ -6,6 +6,8 @@ Shapes: M tokens, N columns.
 import jax.numpy as jnp
 from jax import Array, lax
 
+DGRAD, WGRAD = 1, 2  # streams: of the output's gradient, for the product that it is rounded for
+
 
 def random_bytes(seed: Array, stream: int, token_M: Array, columns: int) -> Array:
     """uint8 [M, N] that depend on seed, stream, token (uint32) and column alone; four of them from one hash."""

@@ -35,8 +35,7 @@ from nemotron_jax.precision.formats import NVFP4, quantize_fp8, quantize_mxfp8, 
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
 from pallas_kernels import floats, grouped_matmul
 from pallas_kernels.nvfp4 import global_scale, hadamard16_of, nvfp4_operand
-from pallas_kernels.quantize import DGRAD, WGRAD
-from pallas_kernels.random_bits import random_bytes
+from pallas_kernels.random_bits import DGRAD, WGRAD, random_bytes
 
 OPERANDS = ("x", "w", "dy", "x_tokens", "dy_tokens")  # the last two in blocks along tokens, for the weight's gradient
 COUNTS = ("non_zero", "flushed", "saturated", "non_finite")

@@ -1,13 +1,17 @@
 """Both orientations at once: the reference, and the kernel interpreted on the CPU, bit for bit `quantize_nvfp4`."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import quantize
+from pallas_kernels.dispatch import compiling_for
 from pallas_kernels.nvfp4 import quantize_nvfp4
-from pallas_kernels.quantize import CASES, DGRAD, WGRAD, Case, absolute_maxima, example_inputs
-from pallas_kernels.random_bits import random_bytes
+from pallas_kernels.quantize import CASES, Case, absolute_maxima, example_inputs, quantize_reference
+from pallas_kernels.quantize_mosaic import quantize as kernel
+from pallas_kernels.quantize_mosaic import unfit
+from pallas_kernels.random_bits import DGRAD, WGRAD, random_bytes
 from tests.pallas_kernels import nvfp4_oracle as oracle
 
 
@@ -58,3 +62,57 @@ def test_maxima():
     x = jnp.zeros((32, 5)).at[19, 2].set(-8.0)  # the transform spreads it over its 16 rows
     assert [float(z) for z in absolute_maxima(x)] == [8.0, 8.0]
     assert [float(z) for z in absolute_maxima(x, hadamard=True)] == [8.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("the other width of a tile, more than one of them", 256, 192, False),
+        Case("hadamard", 128, 128, True),
+        Case("stochastic", 128, 64, True, True),
+        Case("stochastic, wide", 256, 256, False, True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_the_kernel(case, interpret):
+    (x, *maxima), settings = example_inputs(case, 1, jnp.bfloat16)
+    x = x.at[3, 5].set(-0.0).at[17].set(0).at[:16, 9].set(0).at[40:60, 8:40].mul(300)
+    seed = settings.get("seed")
+    got = kernel(x, *maxima, case.hadamard, seed, interpret)
+    same(got, quantize_reference(x, *maxima, case.hadamard, seed))
+    assert all(one.codes.any() for one in got)
+
+
+@pytest.mark.parametrize("amax", [0.0, 1e-3, np.inf, np.nan])
+def test_the_kernel_with_another_amax(amax, interpret):
+    """Too small, where codes and scales saturate; and what comes of infinities."""
+    (x, *_), _ = example_inputs(Case("", 128, 64, False), 1, jnp.bfloat16)
+    maxima = jnp.float32(amax), jnp.float32(2 * amax)
+    same(kernel(x, *maxima, False, None, interpret), quantize_reference(x, *maxima, False, None))
+
+
+def test_nan_and_infinities_in_the_kernel(interpret):
+    (x, *_), _ = example_inputs(Case("", 128, 64, False), 1, jnp.bfloat16)
+    x = x.at[5, 20].set(jnp.nan).at[40, 3].set(jnp.inf).at[41, 3].set(-jnp.inf)
+    one = jnp.float32(1)
+    same(kernel(x, one, one, False, None, interpret), quantize_reference(x, one, one, False, None))
+
+
+def test_the_order_of_the_sums_of_the_transform(interpret):
+    """Terms that are up to 30 binades apart: their sums are rounded, and in the same order everywhere."""
+    exponents = np.random.default_rng(0).integers(-15, 16, (128, 64))
+    (x, *_), _ = example_inputs(Case("", 128, 64, True), 1, jnp.bfloat16)
+    x = x * jnp.exp2(jnp.asarray(exponents, jnp.bfloat16))
+    maxima = absolute_maxima(x, hadamard=True)
+    same(kernel(x, *maxima, True, None, interpret), quantize_reference(x, *maxima, True, None))
+
+
+def test_what_the_kernel_takes():
+    x = jnp.ones((256, 192), jnp.bfloat16)
+    assert unfit(x) == ""
+    assert unfit(x.astype(jnp.float32)) == "x must be bfloat16, got float32"
+    for bad in (x[:64], x[:, :96], x[:0]):
+        assert unfit(bad).startswith("M must be a multiple of 128 and N of 64, got")
+    with compiling_for("sm_90a"):
+        assert "mpmd_map" in str(jax.make_jaxpr(quantize)(x, jnp.float32(1), jnp.float32(1)))
+        assert "mpmd_map" not in str(jax.make_jaxpr(quantize)(x[:, :96], jnp.float32(1), jnp.float32(1)))
