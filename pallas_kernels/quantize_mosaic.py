@@ -6,7 +6,7 @@ columns. A block of NVFP4 so lies within one thread, as 16 registers of as many 
 and packing are elementwise, and no thread needs another's values.
 
 The arithmetic is that of pallas_kernels/nvfp4.py as its first lines put it. The GPU keeps subnormals, so that what
-nvfp4.py does for a backend that does not is not needed; Mosaic's division is an approximation and is corrected. A
+nvfp4.py does for a backend that does not is not needed; its own conversion to E4M3 and its reciprocal are used. A
 product and a sum may become one instruction that rounds once: those here have exact products, or a minimum between.
 The order of additions matters in one place, the 16 float32 terms of the Hadamard transform. Their sum is exact while
 their exponents are at most 12 apart; beyond, it is rounded, and both add in the same order (`signed_sums`).
@@ -19,8 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import llvm, vector
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import floats
@@ -83,7 +87,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
 
     def body(numbers_g, x_g, codes_g, scales_g, codes_t_g, scales_t_g, x_s, codes_s, codes_t_s, full):
         tile_a, tile_b = lax.axis_index("a") * A, lax.axis_index("b") * b_blocks
-        copies = [
+        copies: list[tuple[Any, Any, tuple[Any, ...], tuple[Any, ...]]] = [
             (x_g, x_s, (tile_a, A, BLOCK), (tile_b, b_blocks, 8)),
             (codes_g, codes_s, (tile_a, A, BLOCK), (tile_b, b_blocks, 2)),
             (codes_t_g, codes_t_s, (tile_b, b_blocks, BLOCK), (tile_a, A, 2)),
@@ -104,7 +108,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
                 draw = [(bits[j // 4] >> jnp.uint32(8 * (j % 4))) & jnp.uint32(255) for j in range(BLOCK)]
             words = [_load(x_s.at[here, :, :, pl.ds(j, 1)], (together, BLOCK, b_blocks, 1)) for j in range(8)]
             parts = [half for word in words for half in _halves(word)]
-            scale, packed = _quantized(parts, numbers_g[0], numbers_g[1], draw)
+            scale, packed = _quantized(parts, numbers_g[0], numbers_g[1], draw, interpret)
             for w in range(2):
                 codes_s.at[here, :, :, pl.ds(w, 1)][...] = packed[w]
             there = pl.ds(tile_a + i * together, together)
@@ -135,7 +139,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
                 draw = None
                 if bits is not None:
                     draw = [(z >> jnp.uint32(8 * parity)) & jnp.uint32(255) for z in bits]
-                scale, packed = _quantized(parts, numbers_g[2], numbers_g[3], draw)
+                scale, packed = _quantized(parts, numbers_g[2], numbers_g[3], draw, interpret)
                 for w in range(2):
                     codes_t_s.at[pl.ds(b, 4), :, parity, pl.ds(a, 4), pl.ds(w, 1)][...] = packed[w]
                 there = scales_t_g.at[pl.ds(tile_b + b, 4), :, parity, pl.ds(tile_a + a, 4), :]
@@ -149,7 +153,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
         plgpu.wait_smem_to_gmem(0)
 
     blocks_m, blocks_n = m // BLOCK, n // BLOCK
-    codes = [(m, n // 8), (n, m // 8)]
+    codes: list[tuple[int, ...]] = [(m, n // 8), (n, m // 8)]
     if interpret is not None:
         codes = [(blocks_m, BLOCK, blocks_n, 2), (blocks_n, 8, 2, blocks_m, 2)]
     scales = [(blocks_m, BLOCK, blocks_n, 1), (blocks_n, 8, 2, blocks_m, 1)]
@@ -204,7 +208,9 @@ def _halves(word):
     return lax.bitcast_convert_type(low, jnp.float32), lax.bitcast_convert_type(high, jnp.float32)
 
 
-def _quantized(parts: list[Any], sixth: Any, decode: Any, draw: list[Any] | None) -> tuple[Any, list[Any]]:
+def _quantized(
+    parts: list[Any], sixth: Any, decode: Any, draw: list[Any] | None, interpret: Interpret
+) -> tuple[Any, list[Any]]:
     """16 float32 arrays, element by element one block.
 
     Args:
@@ -217,26 +223,56 @@ def _quantized(parts: list[Any], sixth: Any, decode: Any, draw: list[Any] | None
     shape = parts[0].shape
     sixth, decode = (lax.bitcast_convert_type(lax.broadcast(z, shape), jnp.float32) for z in (sixth, decode))
     largest = functools.reduce(jnp.maximum, [jnp.abs(part) for part in parts])
-    scale = floats.e4m3_code(jnp.minimum(largest * sixth, 448.0))
-    inverse = _inverse(floats.e4m3_value(scale) * decode)
+    scale, value = _e4m3(largest * sixth, interpret)
+    inverse = jnp.minimum(_reciprocal(value * decode, interpret), floats.FLOAT32_MAX)
     codes = []
     for i, part in enumerate(parts):
         scaled = part * inverse
         if draw is None:
-            code = e2m1_nearest_size(jnp.abs(scaled)) | jnp.where(scaled < 0, jnp.uint32(8), jnp.uint32(0))
+            sign = jnp.where(scaled < 0, jnp.uint32(8), jnp.uint32(0))
+            codes.append(e2m1_nearest_size(jnp.abs(scaled)) | sign)
         else:
             sign = (lax.bitcast_convert_type(scaled, jnp.uint32) >> jnp.uint32(28)) & jnp.uint32(8)
-            code = e2m1_stochastic_size(jnp.abs(scaled), draw[i]) | sign
-        codes.append(code << jnp.uint32(4 * (i % 8)))
-    packed = [functools.reduce(jnp.bitwise_or, codes[w : w + 8]) for w in (0, 8)]
+            codes.append(e2m1_stochastic_size(jnp.abs(scaled), draw[i]) | sign)
+    # A shift and an addition are one instruction.
+    packed = [functools.reduce(lambda word, code: word * jnp.uint32(16) + code, codes[w : w + 8][::-1]) for w in (0, 8)]
     if draw is None:  # to nearest, NaN is 0
         kept = jnp.where(jnp.isnan(inverse), jnp.uint32(0), jnp.uint32(0xFFFFFFFF))
         packed = [word & kept for word in packed]
     return scale, packed
 
 
-def _inverse(x):
-    """min(1 / x, FLT_MAX) of x >= 0, correctly rounded; x may be subnormal."""
-    small = x < 2.0**-100
-    inverse = floats.divide_into(1.0, jnp.where(small, x * 2.0**64, x))
-    return jnp.minimum(jnp.where(small, inverse * 2.0**64, inverse), floats.FLOAT32_MAX)
+def _e4m3(x, interpret):
+    """float32 >= 0 -> (e4m3 code uint32, its value): `floats.e4m3_code`, which takes twenty instructions."""
+    if interpret is not None:  # which knows no registers
+        code = floats.e4m3_code(x)
+        return code.astype(jnp.uint32), floats.e4m3_value(code)
+    code = _asm("cvt.rn.satfinite.e4m3x2.f32 two, 0f00000000, $1; cvt.u32.u16 $0, two;", x, jnp.uint32)
+    halves = "cvt.u16.u32 two, $1; cvt.rn.f16x2.e4m3x2 pair, two; mov.b32 {two, high}, pair; cvt.f32.f16 $0, two;"
+    return code, _asm(halves, code, jnp.float32)
+
+
+def _reciprocal(x, interpret):
+    """1 / x of float32, correctly rounded, subnormal or not. (Mosaic divides approximately.)"""
+    return 1.0 / x if interpret is not None else _asm("rcp.rn.f32 $0, $1;", x, jnp.float32)
+
+
+def _asm(instructions, x, dtype):
+    """PTX from $1, a float32 or uint32, to $0, one of the two; for every element."""
+    layout = _strided(x.shape)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout=layout))
+    def apply(_, array):
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        kinds = {jnp.dtype(jnp.float32): (f32, "f"), jnp.dtype(jnp.uint32): (i32, "r")}
+        (_, x_kind), (of_result, result_kind) = kinds[x.dtype], kinds[jnp.dtype(dtype)]
+        registers = np.empty_like(array.registers)
+        for i in np.ndindex(registers.shape):
+            operand = vector.extract(array.registers[i], [], [0])
+            code = "{ .reg .b16 two, high; .reg .b32 pair; " + instructions + " }"
+            result = llvm.inline_asm(of_result, [operand], code, f"={result_kind},{x_kind}")
+            registers[i] = vector.broadcast(ir.VectorType.get((1,), of_result), result)
+        signed = None if of_result == f32 else False
+        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=signed)
+
+    return apply(x)
