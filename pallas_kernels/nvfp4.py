@@ -393,6 +393,7 @@ def e2m1_nearest_code(x: Array) -> Array:
     return (code | jnp.where(x < 0, jnp.uint32(8), jnp.uint32(0))).astype(jnp.uint8)
 
 
+@jax.named_scope("nearest_e2m1")
 def e2m1_nearest_size(size: Array) -> Array:
     """uint32 codes 0..7 of float32 values >= 0: nearest, ties to even, saturating."""
     # A sum near 1.5 * 2^23 steps is rounded to whole steps, and its lowest bits count them. E2M1 has steps of 1/2, from
@@ -426,6 +427,7 @@ def round_e2m1_stochastic(x: Array, bits: Array) -> Array:
     return e2m1_value(_stochastic_code(x.astype(jnp.float32), bits))
 
 
+@jax.named_scope("stochastic_e2m1")
 def e2m1_stochastic_size(size: Array, byte: Array) -> Array:
     """uint32 codes 0..7 of float32 values >= 0, rounded by a byte (uint32): `round_e2m1_stochastic`; NaN gives 7."""
     step = jnp.where(size >= 4, 2.0, jnp.where(size >= 2, 1.0, 0.5)).astype(jnp.float32)
