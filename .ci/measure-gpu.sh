@@ -54,7 +54,7 @@ for name in ${*:-$parts}; do
     attention) part "$name" $kernels attention decode_attention --no-check ;;
     dispatch) part "$name" $kernels permute unpermute take_rows --no-check ;;
     mamba) part "$name" $kernels ssd causal_conv1d --impl=mosaic --no-check ;;
-    quantize) part "$name" $kernels quantize ;;
+    quantize) part "$name" $kernels quantize quantize_operands ;;
     block_scaled) part "$name" $kernels block_scaled_matmul ;;
     numerics) part "$name" $kernels --small --draws=10 ;;
     numerics_large) part "$name" $kernels --case=nano,nano_packed,nano_up_relu2,nano_down,super_up --impl=mosaic,cudnn --draws=3 ;;

@@ -61,6 +61,7 @@ OPS: dict[str, dict[str, SupportCheck]] = {
     "decode_attention": {"mosaic": on_hopper, "cudnn": on_hopper, "reference": _anywhere},
     "take_rows": {"mosaic": on_hopper, "reference": _anywhere},
     "block_scaled_matmul": {"mosaic": on_hopper, "reference": _anywhere},
+    "quantize_operands": {"mosaic": on_hopper, "reference": _anywhere},
     "quantize": {"mosaic": on_hopper, "reference": _anywhere},
     "permute": {"reference": _anywhere},
     "unpermute": {"reference": _anywhere},

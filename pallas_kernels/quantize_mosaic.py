@@ -15,6 +15,7 @@ Shapes: M rows, N columns of x; a tile has A blocks of 16 rows and B blocks of 1
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,19 +66,24 @@ def quantize(
     """Arguments and results as of `quantize`."""
     m, n = x.shape
     words = lax.bitcast_convert_type(x.reshape(m, n // 2, 2), jnp.uint32)
-    numbers = [floats.bits_of(z) for each in (amax, amax_columns) for z in block_parameters(each)]
-    if seed is not None:
-        numbers += [stream_bits(seed, stream) for stream in (DGRAD, WGRAD)]
     kernel = _kernel(m, n, hadamard, seed is not None, interpret)
     if interpret is not None:
         words = words.reshape(m // BLOCK, BLOCK, n // BLOCK, 8)
-    codes, scales, codes_columns, scales_columns = kernel(jnp.stack(numbers), words)
+    codes, scales, codes_columns, scales_columns = kernel(block_numbers(amax, amax_columns, seed), words)
 
     def result(codes, scales, of, along, amax):
         codes = lax.bitcast_convert_type(codes.reshape(of, along // 8), jnp.uint8).reshape(of, along // 2)
         return NVFP4(codes, floats.as_e4m3(scales.reshape(of, along // BLOCK)), amax)
 
     return result(codes, scales, m, n, amax), result(codes_columns, scales_columns, n, m, amax_columns)
+
+
+def block_numbers(amax: jax.Array, amax_columns: jax.Array, seed: jax.Array | None) -> jax.Array:
+    """uint32: the bits of `block_parameters` of rows and of columns; with a seed their `stream_bits`."""
+    numbers = [floats.bits_of(z) for each in (amax, amax_columns) for z in block_parameters(each)]
+    if seed is not None:
+        numbers += [stream_bits(seed, stream) for stream in (DGRAD, WGRAD)]
+    return jnp.stack(numbers)
 
 
 @functools.lru_cache
@@ -92,7 +98,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
             (codes_g, codes_s, (tile_a, A, BLOCK), (tile_b, b_blocks, 2)),
             (codes_t_g, codes_t_s, (tile_b, b_blocks, BLOCK), (tile_a, A, 2)),
         ]
-        (x_in, x_to), *results = [_ends(*copy, interpret) for copy in copies]
+        (x_in, x_to), *results = [tile_ends(*copy, interpret) for copy in copies]
         plgpu.copy_gmem_to_smem(x_in, x_to, full)
         plgpu.barrier_wait(full)
 
@@ -100,14 +106,11 @@ def _kernel(m, n, hadamard, stochastic, interpret):
             here = pl.ds(i * together, together)
             draw = None
             if stochastic:
-                iota = functools.partial(_iota, (together, BLOCK, b_blocks, 1))
-                token = (tile_a + i * together + iota(0)) * BLOCK + iota(1)
-                of_token = token_bits(lax.broadcast(numbers_g[4], token.shape), token.astype(jnp.uint32))
-                first = ((tile_b + iota(2)) * 4).astype(jnp.uint32)
-                bits = [word_bits(of_token, first + jnp.uint32(word)) for word in range(4)]
-                draw = [(bits[j // 4] >> jnp.uint32(8 * (j % 4))) & jnp.uint32(255) for j in range(BLOCK)]
-            words = [_load(x_s.at[here, :, :, pl.ds(j, 1)], (together, BLOCK, b_blocks, 1)) for j in range(8)]
-            parts = [half for word in words for half in _halves(word)]
+                along = functools.partial(iota, (together, BLOCK, b_blocks, 1))
+                token = (tile_a + i * together + along(0)) * BLOCK + along(1)
+                draw = row_bytes(numbers_g[4], token, tile_b + along(2))
+            words = [load_words(x_s.at[here, :, :, pl.ds(j, 1)], (together, BLOCK, b_blocks, 1)) for j in range(8)]
+            parts = [half for word in words for half in halves(word)]
             scale, packed = _quantized(parts, numbers_g[0], numbers_g[1], draw, interpret)
             for w in range(2):
                 codes_s.at[here, :, :, pl.ds(w, 1)][...] = packed[w]
@@ -119,26 +122,17 @@ def _kernel(m, n, hadamard, stochastic, interpret):
             b, a = lax.rem(i, b_blocks // 4) * 4, lax.div(i, b_blocks // 4) * 4
             shape = (4, 8, 4, 1)
             words = [
-                _load(x_s.at[pl.ds(a, 4), pl.ds(r, 1), pl.ds(b, 4), :].transpose((2, 3, 0, 1)), shape)
+                load_words(x_s.at[pl.ds(a, 4), pl.ds(r, 1), pl.ds(b, 4), :].transpose((2, 3, 0, 1)), shape)
                 for r in range(BLOCK)
             ]
-            bits = None
+            bytes_of = None
             if stochastic:
-                iota = functools.partial(_iota, shape)
-                word = ((tile_b + b + iota(0)) * 4 + (iota(1) >> 1)).astype(jnp.uint32)
-                token = ((tile_a + a + iota(2)) * BLOCK).astype(jnp.uint32)
-                stream = lax.broadcast(numbers_g[5], shape)
-                low = ((iota(1) & 1) * 16).astype(jnp.uint32)
-                bits = [word_bits(token_bits(stream, token + jnp.uint32(r)), word) >> low for r in range(BLOCK)]
+                along = functools.partial(iota, shape)
+                bytes_of = column_bytes(numbers_g[5], tile_a + a + along(2), tile_b + b + along(0), along(1))
             for parity in range(2):
-                parts = [_halves(word)[parity] for word in words]
-                if hadamard:
-                    # Rounded to bfloat16, as x is. Opaque to XLA, this cast and the way back are not removed.
-                    sums = signed_sums([part * 0.25 for part in parts])
-                    parts = [z.astype(jnp.bfloat16).astype(jnp.float32) for z in sums]
-                draw = None
-                if bits is not None:
-                    draw = [(z >> jnp.uint32(8 * parity)) & jnp.uint32(255) for z in bits]
+                parts = [halves(word)[parity] for word in words]
+                parts = transformed(parts) if hadamard else parts
+                draw = bytes_of(parity) if bytes_of else None
                 scale, packed = _quantized(parts, numbers_g[2], numbers_g[3], draw, interpret)
                 for w in range(2):
                     codes_t_s.at[pl.ds(b, 4), :, parity, pl.ds(a, 4), pl.ds(w, 1)][...] = packed[w]
@@ -176,7 +170,9 @@ def _kernel(m, n, hadamard, stochastic, interpret):
     )
 
 
-def _ends(in_gmem, in_smem, outer, inner, interpret):
+def tile_ends(
+    in_gmem: Any, in_smem: Any, outer: tuple[Any, ...], inner: tuple[Any, ...], interpret: Interpret
+) -> tuple[Any, Any]:
     """The two refs of a copy, of ``outer`` (first block, blocks, rows in each) times ``inner`` (first, blocks, words).
 
     Copied as matrices: TMA moves runs of 16 bytes and more. The interpreter, which knows no reshaped refs, copies
@@ -195,23 +191,47 @@ def _strided(shape):
     return plgpu.Layout.WG_STRIDED(shape, vec_size=1)
 
 
-def _load(ref, shape):
+def load_words(ref: Any, shape: tuple[int, ...]) -> Any:
+    """Shared memory -> registers: one word a thread."""
     return plgpu.load(ref, layout=_strided(shape), optimized=False)
 
 
-def _iota(shape, axis):
+def iota(shape: tuple[int, ...], axis: int) -> Any:
+    """int32, laid out as what `load_words` loads."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_strided(shape))
 
 
-def _halves(word):
+def halves(word: Any) -> tuple[Any, Any]:
     """Two bfloat16 in each uint32 -> float32 of the low ones, and of the high ones."""
     low, high = word << jnp.uint32(16), word & jnp.uint32(0xFFFF0000)
     return lax.bitcast_convert_type(low, jnp.float32), lax.bitcast_convert_type(high, jnp.float32)
 
 
-def _quantized(
+def row_bytes(stream: Any, token: Any, block: Any) -> list[Any]:
+    """What `random_bytes` gives for 16 columns; ``token``, ``block``: int32, place of the row and of the 16 columns."""
+    of_token = token_bits(lax.broadcast(stream, token.shape), token.astype(jnp.uint32))
+    first = (block * 4).astype(jnp.uint32)
+    words = [word_bits(of_token, first + jnp.uint32(word)) for word in range(4)]
+    return [(words[j // 4] >> jnp.uint32(8 * (j % 4))) & jnp.uint32(255) for j in range(BLOCK)]
+
+
+def column_bytes(stream: Any, block_of_rows: Any, block: Any, pair: Any) -> Callable[[int], list[Any]]:
+    """The same for 16 rows of a pair of columns, of the 8 in a block: a function of which of the two."""
+    word = (block * 4 + (pair >> 1)).astype(jnp.uint32)
+    token = (block_of_rows * BLOCK).astype(jnp.uint32)
+    stream, low = lax.broadcast(stream, token.shape), ((pair & 1) * 16).astype(jnp.uint32)
+    words = [word_bits(token_bits(stream, token + jnp.uint32(row)), word) >> low for row in range(BLOCK)]
+    return lambda parity: [(each >> jnp.uint32(8 * parity)) & jnp.uint32(255) for each in words]
+
+
+def transformed(parts: list[Any]) -> list[Any]:
+    """The Hadamard transform of 16 arrays, rounded to bfloat16: opaque to XLA, this cast is not removed."""
+    return [z.astype(jnp.bfloat16).astype(jnp.float32) for z in signed_sums([part * 0.25 for part in parts])]
+
+
+def rounded(
     parts: list[Any], sixth: Any, decode: Any, draw: list[Any] | None, interpret: Interpret
-) -> tuple[Any, list[Any]]:
+) -> tuple[Any, Any, list[Any]]:
     """16 float32 arrays, element by element one block.
 
     Args:
@@ -219,7 +239,7 @@ def _quantized(
       draw: bytes (uint32) like the parts, for stochastic rounding.
 
     Returns:
-      e4m3 codes of the scales, and 8 E2M1 codes each in two arrays uint32.
+      the scale: its e4m3 code uint32, and its value; 16 E2M1 codes uint32, of any value where the scale is NaN.
     """
     shape = parts[0].shape
     sixth, decode = (lax.bitcast_convert_type(lax.broadcast(z, shape), jnp.float32) for z in (sixth, decode))
@@ -235,10 +255,15 @@ def _quantized(
         else:
             sign = (lax.bitcast_convert_type(scaled, jnp.uint32) >> jnp.uint32(28)) & jnp.uint32(8)
             codes.append(e2m1_stochastic_size(jnp.abs(scaled), draw[i]) | sign)
-    # A shift and an addition are one instruction.
+    return scale, value, codes
+
+
+def _quantized(parts, sixth, decode, draw, interpret):
+    """`rounded`: the codes of scales, and 8 E2M1 codes each in two arrays uint32."""
+    scale, value, codes = rounded(parts, sixth, decode, draw, interpret)
     packed = [functools.reduce(lambda word, code: word * jnp.uint32(16) + code, codes[w : w + 8][::-1]) for w in (0, 8)]
     if draw is None:  # to nearest, NaN is 0
-        kept = jnp.where(jnp.isnan(inverse), jnp.uint32(0), jnp.uint32(0xFFFFFFFF))
+        kept = jnp.where(jnp.isnan(value), jnp.uint32(0), jnp.uint32(0xFFFFFFFF))
         packed = [word & kept for word in packed]
     return scale, packed
 

@@ -28,6 +28,7 @@ _take_rows = importlib.import_module("pallas_kernels.take_rows")
 _block_scaled = importlib.import_module("pallas_kernels.block_scaled_matmul")
 _permute = importlib.import_module("pallas_kernels.permute")
 _quantize = importlib.import_module("pallas_kernels.quantize")
+_operands = importlib.import_module("pallas_kernels.quantize_operands")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,13 @@ def _quantized(x_bits, amax, amax_columns, *, hadamard, seed=None, impl=None):
     x = jax.lax.bitcast_convert_type(x_bits, jnp.bfloat16)
     both = _quantize.quantize(x, amax, amax_columns, hadamard=hadamard, seed=seed, impl=impl)
     return tuple(bits for one in both for bits in (one.codes, floats.e4m3_bits(one.scales)))
+
+
+def _quantized_operands(x_bits, amax, amax_columns, *, hadamard, seed=None, impl=None):
+    """The same of `quantize_operands`: bfloat16 in uint16 -> code * scale in uint16 and scales, of rows and columns."""
+    x = jax.lax.bitcast_convert_type(x_bits, jnp.bfloat16)
+    both = _operands.quantize_operands(x, amax, amax_columns, hadamard=hadamard, seed=seed, impl=impl)
+    return tuple(bits for one in both for bits in (jax.lax.bitcast_convert_type(one[0], jnp.uint16), one[1]))
 
 
 def _quantize_inputs(case, seed, dtype):
@@ -164,6 +172,15 @@ SUITE = {
         float32=("scale",),
         peers={"bfloat16": _bfloat16_product},
         for_peers=("dense",),
+        backward=False,
+    ),
+    "quantize_operands": Op(
+        _quantized_operands,
+        _operands.CASES,
+        _operands.BENCHMARKS,
+        _quantize_inputs,
+        _operands.cost,
+        float32=("amax", "amax_columns"),
         backward=False,
     ),
     "quantize": Op(

@@ -8,8 +8,9 @@ Source: NVIDIA TransformerEngine, common/recipe and pytorch/quantization.py (NVF
     dw = x^T dy          RHT(x^T) 1x16 along tokens         RHT(dy^T) 1x16 along tokens, stochastic
 
 RHT is the Hadamard transform of every 16 tokens; it cancels in the product. Operands are code * block scale, which are
-exact in bfloat16; the scales of the tensors are applied to the float32 result. MXFP8 and FP8 round the same operands
-to nearest: 32 elements of the summed axis share a power of two, or a tensor one scale.
+exact in bfloat16; the scales of the tensors are applied to the float32 result. On one Hopper GPU a kernel makes those
+of x and dy (pallas_kernels/quantize_operands.py), the two of dy in one pass. MXFP8 and FP8 round the same operands to
+nearest: 32 elements of the summed axis share a power of two, or a tensor one scale.
 
 The routed experts are tensors of their own: each has its amax, and blocks of tokens do not cross from one to the
 next, since groups are padded to whole blocks. On a mesh an amax is that of the tensor on all devices, and blocks of
@@ -33,8 +34,9 @@ from jax import Array, lax
 
 from nemotron_jax.precision.formats import NVFP4, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
-from pallas_kernels import floats, grouped_matmul
+from pallas_kernels import floats, grouped_matmul, quantize_operands
 from pallas_kernels.nvfp4 import global_scale, hadamard16_of, nvfp4_operand
+from pallas_kernels.quantize_operands import implementation
 from pallas_kernels.random_bits import DGRAD, WGRAD, random_bytes
 
 OPERANDS = ("x", "w", "dy", "x_tokens", "dy_tokens")  # the last two in blocks along tokens, for the weight's gradient
@@ -86,7 +88,8 @@ def _matmul(x_MK: Array, w_KN: Array, seed: Array, probe: Array | None, precisio
 def _forward(x_MK: Array, w_KN: Array, precision: Precision) -> tuple[Array, Array]:
     """The product, and COUNTS of x and w."""
     with jax.named_scope("fprop"):
-        x, w = quantize_rows(x_MK, precision), _weight(w_KN.T, precision)
+        x = _together(x_MK, precision, None, rows=True)[0] or quantize_rows(x_MK, precision)
+        w = _weight(w_KN.T, precision)
     return _product(x, w, ((1,), (1,)), precision).astype(x_MK.dtype), jnp.stack([x.counts, w.counts])
 
 
@@ -99,18 +102,23 @@ def _matmul_fwd(
 
 def _matmul_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> tuple[Array, Array, None, Array | None]:
     x_MK, w_KN, seed, forward = saved
-    bits = _bits(precision, seed, DGRAD, _places(dy_MN), dy_MN.shape[1])
+    dy, dy_tokens = _together(dy_MN, precision, seed, rows=True, tokens=True)
+    _, x_tokens = _together(x_MK, precision, None, tokens=True)
     with jax.named_scope("dgrad"):
-        dy, w = quantize_rows(dy_MN, precision, bits), _weight(w_KN, precision)
-    counts = [dy.counts]
+        if dy is None:
+            bits = _bits(precision, seed, DGRAD, _places(dy_MN), dy_MN.shape[1])
+            dy = quantize_rows(dy_MN, precision, bits)
+        w = _weight(w_KN, precision)
     dx = _product(dy, w, ((1,), (1,)), precision)
     padding = ((0, -len(x_MK) % _block(precision)), (0, 0))
-    x_MK, dy_MN = jnp.pad(x_MK, padding), jnp.pad(dy_MN, padding)
-    bits = _bits(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1])
     with jax.named_scope("wgrad"):
-        x, dy = quantize_tokens(x_MK, precision), quantize_tokens(dy_MN, precision, bits)
-    dw = _product(x, dy, ((0,), (0,)), precision)
-    counts += [x.counts, dy.counts]
+        x_tokens = x_tokens or quantize_tokens(jnp.pad(x_MK, padding), precision)
+        if dy_tokens is None:
+            dy_MN = jnp.pad(dy_MN, padding)
+            bits = _bits(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1])
+            dy_tokens = quantize_tokens(dy_MN, precision, bits)
+    dw = _product(x_tokens, dy_tokens, ((0,), (0,)), precision)
+    counts = [dy.counts, x_tokens.counts, dy_tokens.counts]
     return dx.astype(x_MK.dtype), dw.astype(w_KN.dtype), None, _of_probe(forward, counts)
 
 
@@ -152,6 +160,44 @@ def _blocks(z: Array, amax: Array, axis: int, bits: Array | None, precision: Pre
     """NVFP4 with blocks of the 16 elements along an axis; ``amax`` float32, to broadcast against z."""
     values, scales = nvfp4_operand(z, amax, axis=axis, bits=bits, dtype=precision.operands)
     return _operand(z, values, global_scale(amax), 6 * scales)
+
+
+def _together(
+    z_MK: Array, precision: Precision, seed: Array | None, *, rows: bool = False, tokens: bool = False
+) -> tuple[Operand | None, Operand | None]:
+    """`quantize_rows` and `quantize_tokens` of one tensor by a kernel that reads it once; None where there is none.
+
+    ``seed``: for stochastic rounding, where the recipe draws.
+    """
+    by_kernel = precision.format == "nvfp4" and z_MK.dtype == precision.operands
+    if not by_kernel or implementation(z_MK) == "reference":
+        return None, None
+    with jax.named_scope("quantize"):
+        turned = _turned(z_MK, precision) if tokens else None
+        amax_rows = floats.absolute_max(z_MK) if rows else None
+        amax_tokens = None if turned is None else floats.absolute_max(turned)
+        seed = seed if precision.draws else None
+        made = quantize_operands(z_MK, amax_rows, amax_tokens, hadamard=precision.hadamard, seed=seed)
+    found: list[Operand | None] = []
+    for part, amax, z in zip(made, (amax_rows, amax_tokens), (z_MK, turned), strict=True):
+        if part is None or amax is None or z is None:
+            found.append(None)
+            continue
+        values, scales = part
+        limit = 6 * floats.e4m3_value(scales)
+        if z is turned:  # [B, S, K]
+            limit = limit[:, None]
+        operand = _operand(z, values.reshape(z.shape), global_scale(amax), limit)
+        found.append(operand._replace(values=values))
+    return found[0], found[1]
+
+
+def _turned(z_MK: Array, precision: Precision) -> Array:
+    """[B, S, K]: blocks of tokens, transformed where the recipe says so."""
+    z_BSK = z_MK.reshape(-1, _block(precision), z_MK.shape[1])
+    if precision.format == "nvfp4" and precision.hadamard:
+        z_BSK = hadamard16_of([z_BSK[:, i] for i in range(z_BSK.shape[1])], axis=1)
+    return z_BSK
 
 
 @jax.named_scope("rows")
@@ -197,10 +243,7 @@ def quantize_tokens(
       block_expert: int32 [M / S], the expert of each block, for an amax (and scale [E]) of each; None: one tensor.
       over: mesh axes over which devices hold other parts of the experts' tensors.
     """
-    size = _block(precision)
-    z_BSK = z_MK.reshape(-1, size, z_MK.shape[1])
-    if precision.format == "nvfp4" and precision.hadamard:
-        z_BSK = hadamard16_of([z_BSK[:, i] for i in range(size)], axis=1)
+    size, z_BSK = _block(precision), _turned(z_MK, precision)
     if block_expert is None:
         amax = floats.absolute_max(z_BSK)
         amax_B = amax[None]
