@@ -9,7 +9,8 @@ The arithmetic is that of pallas_kernels/nvfp4.py as its first lines put it. The
 nvfp4.py does for a backend that does not is not needed; its own conversion to E4M3 and its reciprocal are used. A
 product and a sum may become one instruction that rounds once: those here have exact products, or a minimum between.
 The order of additions matters in one place, the 16 float32 terms of the Hadamard transform. Their sum is exact while
-their exponents are at most 12 apart; beyond, it is rounded, and both add in the same order (`signed_sums`).
+their exponents are at most 12 apart; beyond, it is rounded, and both add in the same order (`signed_sums`). Sums of
+pairs of pairs would take 4 additions an element in place of 11, and round 1 in three million of normal data otherwise.
 
 Shapes: M rows, N columns of x; a tile has A blocks of 16 rows and B blocks of 16 columns.
 """
@@ -262,7 +263,7 @@ def _quantized(parts, sixth, decode, draw, interpret):
     """`rounded`: the codes of scales, and 8 E2M1 codes each in two arrays uint32."""
     scale, value, codes = rounded(parts, sixth, decode, draw, interpret)
     packed = [functools.reduce(lambda word, code: word * jnp.uint32(16) + code, codes[w : w + 8][::-1]) for w in (0, 8)]
-    if draw is None:  # to nearest, NaN is 0
+    if draw is None:  # to nearest, NaN is 0; a GPU's NaN has all bits set
         kept = jnp.where(jnp.isnan(value), jnp.uint32(0), jnp.uint32(0xFFFFFFFF))
         packed = [word & kept for word in packed]
     return scale, packed

@@ -1,5 +1,7 @@
 """Both orientations at once: the reference, and the kernel interpreted on the CPU, bit for bit `quantize_nvfp4`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,10 @@ import pytest
 
 from pallas_kernels import quantize
 from pallas_kernels.dispatch import compiling_for
-from pallas_kernels.nvfp4 import quantize_nvfp4
+from pallas_kernels.nvfp4 import SIGNS, hadamard16_of, quantize_nvfp4
 from pallas_kernels.quantize import CASES, Case, absolute_maxima, example_inputs, quantize_reference
 from pallas_kernels.quantize_mosaic import quantize as kernel
-from pallas_kernels.quantize_mosaic import unfit
+from pallas_kernels.quantize_mosaic import transformed, unfit
 from pallas_kernels.random_bits import DGRAD, WGRAD, random_bytes
 from tests.pallas_kernels import nvfp4_oracle as oracle
 
@@ -98,13 +100,29 @@ def test_nan_and_infinities_in_the_kernel(interpret):
     same(kernel(x, one, one, False, None, interpret), quantize_reference(x, one, one, False, None))
 
 
-def test_the_order_of_the_sums_of_the_transform(interpret):
-    """Terms that are up to 30 binades apart: their sums are rounded, and in the same order everywhere."""
-    exponents = np.random.default_rng(0).integers(-15, 16, (128, 64))
-    (x, *_), _ = example_inputs(Case("", 128, 64, True), 1, jnp.bfloat16)
-    x = x * jnp.exp2(jnp.asarray(exponents, jnp.bfloat16))
-    maxima = absolute_maxima(x, hadamard=True)
-    same(kernel(x, *maxima, True, None, interpret), quantize_reference(x, *maxima, True, None))
+def test_the_sums_of_the_transform_are_added_in_one_order():
+    """Terms that are up to 60 binades apart: their sums are rounded; in another order, some to another bfloat16."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(16, 100_000)) * 2.0 ** random.integers(-30, 31, (16, 100_000)), jnp.bfloat16)
+    want = hadamard16_of(list(x), axis=0).astype(jnp.float32)
+    np.testing.assert_array_equal(jnp.stack(transformed([row.astype(jnp.float32) for row in x])), want)
+    terms = [sign * 0.25 * row.astype(jnp.float32) for sign, row in zip(SIGNS, x, strict=True)]
+    backwards = functools.reduce(jnp.add, terms[::-1]).astype(jnp.bfloat16).astype(jnp.float32)
+    assert 0 < (backwards != want[0]).sum() < 100
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [Case("nearest", 256, 192, True), Case("stochastic", 256, 192, True, True)], ids=str)
+def test_on_a_gpu_with_values_that_the_interpreter_does_not_have(case):
+    """Subnormals, which the CPU flushes, NaN, whose bits differ, and tensors of tiny and huge values."""
+    (x, *_), settings = example_inputs(case, 1, jnp.bfloat16)
+    tiny = x.at[5, 20].set(1e-39).at[:, 3].mul(1e-38)
+    special = tiny.at[7, 9].set(jnp.inf).at[40, 30].set(-jnp.inf).at[50, 60].set(0 if case.stochastic else jnp.nan)
+    for z, amax in ((tiny, None), (special, 1.0), (x * 1e-38, None), (x * 1e-36, None), (x * 1e36, None)):
+        z = z.astype(jnp.bfloat16)
+        maxima = absolute_maxima(z, hadamard=True) if amax is None else (jnp.float32(amax),) * 2
+        got = quantize(z, *maxima, **settings, impl="mosaic")
+        same(got, quantize(z, *maxima, **settings, impl="reference"))
 
 
 def test_what_the_kernel_takes():
