@@ -11,12 +11,14 @@
 #   attention       attention and decode attention
 #   dispatch        permute, unpermute, embeddings and their gradient
 #   mamba           SSD and causal convolution
+#   quantize        NVFP4 along both axes, beside the copy that its roofline column is a share of
+#   block_scaled    packed NVFP4 weights, beside bfloat16
 #   numerics        every kernel's small cases: the largest error of ten draws, values and gradients, and repeated runs
 #   numerics_large  the same at the shapes of the released models, three draws
 #   tests           pytest -m gpu
 set -uo pipefail
 cd "$(dirname "$0")/.."
-parts="slice grouped compile_cold compile_warm attention dispatch mamba numerics numerics_large tests"
+parts="slice grouped compile_cold compile_warm attention dispatch mamba quantize block_scaled numerics numerics_large tests"
 usage="usage: .ci/measure-gpu.sh FOLDER [NAME ...], NAME of: $parts"
 [ $# -ge 1 ] || { echo "$usage" >&2; exit 2; }
 folder=$1
@@ -52,6 +54,8 @@ for name in ${*:-$parts}; do
     attention) part "$name" $kernels attention decode_attention --no-check ;;
     dispatch) part "$name" $kernels permute unpermute take_rows --no-check ;;
     mamba) part "$name" $kernels ssd causal_conv1d --impl=mosaic --no-check ;;
+    quantize) part "$name" $kernels quantize quantize_operands ;;
+    block_scaled) part "$name" $kernels block_scaled_matmul ;;
     numerics) part "$name" $kernels --small --draws=10 ;;
     numerics_large) part "$name" $kernels --case=nano,nano_packed,nano_up_relu2,nano_down,super_up --impl=mosaic,cudnn --draws=3 ;;
     tests) part "$name" $python -m pytest -q -m gpu ;;

@@ -10,6 +10,8 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_mlp import grouped_mlp
 from pallas_kernels.nvfp4_matmul import nvfp4_matmul
 from pallas_kernels.permute import permute, unpermute
+from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize_operands import quantize_operands
 from pallas_kernels.ssd import ssd
 from pallas_kernels.take_rows import take_rows
 
@@ -22,6 +24,8 @@ __all__ = [
     "grouped_mlp",
     "nvfp4_matmul",
     "permute",
+    "quantize",
+    "quantize_operands",
     "ssd",
     "take_rows",
     "unpermute",

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import block_scaled_matmul_mosaic
 from pallas_kernels.cost import BF16, Cost
-from pallas_kernels.dispatch import choose, require_shape
+from pallas_kernels.dispatch import choose, require_shape, sharded
 from pallas_kernels.nvfp4 import BLOCK, NVFP4
 from pallas_kernels.nvfp4_matmul import nvfp4_matmul
 from pallas_kernels.packed import Packed
@@ -50,15 +50,9 @@ def block_scaled_matmul(x: jax.Array | NVFP4, w: Packed | NVFP4, *, impl: str | 
         return nvfp4_matmul(x, w, impl=impl)
     require_shape("block_scaled_matmul", "w", w, "[K, N]", (x.shape[-1], None))
     rows = x.reshape(-1, x.shape[-1])
-    reason = block_scaled_matmul_mosaic.unfit(x, w, rows.shape[0]) or _sharded()
+    reason = block_scaled_matmul_mosaic.unfit(x, w, rows.shape[0]) or sharded()
     chosen = choose("block_scaled_matmul", impl, unfit={"mosaic": reason})
     return _matmul(rows, w, chosen).reshape(*x.shape[:-1], w.shape[1])
-
-
-def _sharded() -> str:
-    mesh = jax.sharding.get_abstract_mesh()
-    sharded = not mesh.empty and mesh.size > 1 and set(mesh.manual_axes) != set(mesh.axis_names)
-    return "a mesh of several devices, outside shard_map" if sharded else ""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

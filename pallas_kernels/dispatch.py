@@ -68,6 +68,8 @@ OPS: dict[str, dict[str, SupportCheck]] = {
     "take_rows": {"mosaic": on_hopper, "reference": _anywhere},
     "block_scaled_matmul": {"mosaic": on_hopper, "reference": _anywhere},
     "nvfp4_matmul": {"cudnn": on_blackwell, "reference": _anywhere},
+    "quantize_operands": {"mosaic": on_hopper, "reference": _anywhere},
+    "quantize": {"mosaic": on_hopper, "reference": _anywhere},
     "permute": {"reference": _anywhere},
     "unpermute": {"reference": _anywhere},
 }
@@ -120,6 +122,13 @@ def _say_once(message: str) -> None:
 def describe() -> dict[str, str]:
     """Return {op: name of the implementation that impl=None picks on this platform}, for the start-up table."""
     return {op: choose(op) for op in OPS}
+
+
+def sharded() -> str:
+    """Why a kernel cannot take operands that XLA shards, or "": of an op that is not called inside shard_map alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    outside = not mesh.empty and mesh.size > 1 and set(mesh.manual_axes) != set(mesh.axis_names)
+    return "a mesh of several devices, outside shard_map" if outside else ""
 
 
 def require_shape(op: str, name: str, array: Any, legend: str, expected: tuple[int | None, ...]) -> None:

@@ -222,24 +222,29 @@ def hadamard16_of(parts: list[Array], axis: int) -> Array:
 
     Arrays that are rows of memory, not columns, make this one pass over it.
     """
-    signs = np.array([1.0])
-    for _ in range(4):
-        signs = np.block([[signs, signs], [signs, -signs]])
-    positive = np.array(SIGNS)[:, None] * signs > 0
     dtype = parts[0].dtype
     wide = [part.astype(jnp.float32) for part in parts]
     largest = functools.reduce(jnp.maximum, [floats.bits_of(part) & jnp.uint32(0x7FFFFFFF) for part in wide])
     small = floats.float_of(largest) < 2.0**20
     # The quarters are taken inside: XLA would turn a/4 + b/4 into (a + b)/4, which overflows before it does.
-    wide = [jnp.where(small, floats.lifted(jnp.where(small, part, 0)) * 0.25, part * 0.25) for part in wide]
-    results = []
+    quarters = [jnp.where(small, floats.lifted(jnp.where(small, part, 0)) * 0.25, part * 0.25) for part in wide]
+    results = [jnp.where(small, floats.lowered(out), out) for out in signed_sums(quarters)]
+    return jnp.stack([floats.to_bfloat16(z) if dtype == jnp.bfloat16 else z.astype(dtype) for z in results], axis)
+
+
+def signed_sums(parts: list[Array]) -> list[Array]:
+    """The sums of 16 arrays with the signs of the columns of diag(SIGNS) Sylvester16, each added in order."""
+    signs = np.array([1.0])
+    for _ in range(4):
+        signs = np.block([[signs, signs], [signs, -signs]])
+    positive = np.array(SIGNS)[:, None] * signs > 0
+    sums: dict[tuple[bool, ...], Array] = {}  # of the first parts with these signs: columns begin alike
     for column in positive.T:
-        out = wide[0] if column[0] else -wide[0]
-        for part, plus in zip(wide[1:], column[1:], strict=True):
-            out = out + part if plus else out - part
-        out = jnp.where(small, floats.lowered(out), out)
-        results.append(floats.to_bfloat16(out) if dtype == jnp.bfloat16 else out.astype(dtype))
-    return jnp.stack(results, axis)
+        for i in range(BLOCK):
+            if (key := tuple(column[: i + 1].tolist())) not in sums:
+                part = parts[i] if column[i] else -parts[i]
+                sums[key] = sums[key[:-1]] + part if i else part
+    return [sums[tuple(column.tolist())] for column in positive.T]
 
 
 def _block_amax(x_blocks: Array, block: str) -> Array:
@@ -300,6 +305,13 @@ def _times_2_to_149(x: Array) -> Array:
 
 def _exp2(exponent: Array) -> Array:
     return floats.float_of((exponent + 127).astype(jnp.uint32) << 23)
+
+
+def block_parameters(amax: Array) -> tuple[Array, Array]:
+    """encode * (1/6) and decode of this file's first lines, for blocks of 16; float32, decode may be subnormal."""
+    encode = _encode_scale(amax, E2M1_MAX * 448)
+    integer, exponent = _decode_parts(encode)
+    return encode * jnp.float32(1 / 6), floats.float_of(integer + ((exponent + 149).astype(jnp.uint32) << 23))
 
 
 def _units(scales: Array, integer: Array, exponent: Array) -> Array:
@@ -374,11 +386,19 @@ def _sum_in_order(errors: Array, block: str) -> Array:
 
 def e2m1_nearest_code(x: Array) -> Array:
     """uint8 codes 0..15 (bit 3: negative) of float32 values: nearest, ties to even, saturating; NaN and -0 give 0."""
-    size = jnp.abs(x)
-    code = jnp.where(x < 0, jnp.uint8(8), jnp.uint8(0))
-    for border, tie_goes_up in ((0.25, 0), (0.75, 1), (1.25, 0), (1.75, 1), (2.5, 0), (3.5, 1), (5.0, 0)):
-        code += (size >= border if tie_goes_up else size > border).astype(jnp.uint8)
-    return code
+    code = e2m1_nearest_size(jnp.where(jnp.isnan(x), 0, jnp.abs(x)))
+    return (code | jnp.where(x < 0, jnp.uint32(8), jnp.uint32(0))).astype(jnp.uint8)
+
+
+@jax.named_scope("nearest_e2m1")
+def e2m1_nearest_size(size: Array) -> Array:
+    """uint32 codes 0..7 of float32 values >= 0: nearest, ties to even, saturating."""
+    # A sum near 1.5 * 2^23 steps is rounded to whole steps, and its lowest bits count them. E2M1 has steps of 1/2, from
+    # 2 on of 1 (2 is code 4) and from 4 on of 2 (4 is code 6); what is missing to the code is even, as ties want it.
+    size = jnp.minimum(size, E2M1_MAX)
+    half, one, two = 1.5 * 2.0**22, 1.5 * 2.0**23 + 2, 1.5 * 2.0**24 + 8
+    sums = size + jnp.where(size >= 4, two, jnp.where(size >= 2, one, half)).astype(jnp.float32)
+    return floats.bits_of(sums) & jnp.uint32(7)
 
 
 def e2m1_value(codes: Array) -> Array:
@@ -401,24 +421,21 @@ def round_e2m1_stochastic(x: Array, bits: Array) -> Array:
       float32 on the E2M1 grid, saturated to +-6 and with x's sign (-0 included); NaN gives 6 with its sign. Values on
       the grid stay, whatever the bits.
     """
-    x = x.astype(jnp.float32)
-    size = jnp.abs(x)
-    share = (bits.astype(jnp.uint32) & jnp.uint32(255)).astype(jnp.float32) * (1 / 256)
-    moved = size + share * _step(size)  # exact up to the one rounding of the sum
-    step = _step(moved)
-    rounded = jnp.floor(moved / step) * step
-    rounded = jnp.where(rounded < E2M1_MAX, rounded, E2M1_MAX)
-    return floats.float_of(floats.bits_of(rounded) | floats.bits_of(x) & jnp.uint32(0x80000000))
+    return e2m1_value(_stochastic_code(x.astype(jnp.float32), bits))
 
 
-def _step(size: Array) -> Array:
-    return jnp.where(size >= 4, 2.0, jnp.where(size >= 2, 1.0, 0.5))
+@jax.named_scope("stochastic_e2m1")
+def e2m1_stochastic_size(size: Array, byte: Array) -> Array:
+    """uint32 codes 0..7 of float32 values >= 0, rounded by a byte (uint32): `round_e2m1_stochastic`; NaN gives 7."""
+    step = jnp.where(size >= 4, 2.0, jnp.where(size >= 2, 1.0, 0.5)).astype(jnp.float32)
+    moved = size + byte.astype(jnp.float32) * (1 / 256) * step  # exact up to the one rounding of the sum
+    normal = jnp.minimum((floats.bits_of(moved) >> 22) - jnp.uint32(252), jnp.uint32(7))  # cut after one bit
+    return jnp.where(moved < 1, jnp.where(moved < 0.5, jnp.uint32(0), jnp.uint32(1)), normal)
 
 
 def _stochastic_code(x: Array, bits: Array) -> Array:
-    value = round_e2m1_stochastic(x, bits)
-    sign = (floats.bits_of(value) >> 28).astype(jnp.uint8) & jnp.uint8(8)
-    return e2m1_nearest_code(jnp.abs(value)) | sign
+    size = e2m1_stochastic_size(jnp.abs(x), bits.astype(jnp.uint32) & jnp.uint32(255))
+    return (size | (floats.bits_of(x) >> 28) & jnp.uint32(8)).astype(jnp.uint8)
 
 
 def pack(codes: Array) -> Array:

@@ -29,6 +29,8 @@ _take_rows = importlib.import_module("pallas_kernels.take_rows")
 _block_scaled = importlib.import_module("pallas_kernels.block_scaled_matmul")
 _nvfp4_matmul = importlib.import_module("pallas_kernels.nvfp4_matmul")
 _permute = importlib.import_module("pallas_kernels.permute")
+_quantize = importlib.import_module("pallas_kernels.quantize")
+_operands = importlib.import_module("pallas_kernels.quantize_operands")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,26 @@ def _unquantised_product(a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, a
     """The product of what the tensors were before."""
     del a_codes, a_scales, a_amax, b_codes, b_scales, b_amax
     return a @ b.T
+
+
+def _quantized(x_bits, amax, amax_columns, *, hadamard, seed=None, impl=None):
+    """As integers, so that the bits are compared: x bfloat16 in uint16 -> codes and scales, of rows and columns."""
+    x = jax.lax.bitcast_convert_type(x_bits, jnp.bfloat16)
+    both = _quantize.quantize(x, amax, amax_columns, hadamard=hadamard, seed=seed, impl=impl)
+    return tuple(bits for one in both for bits in (one.codes, floats.e4m3_bits(one.scales)))
+
+
+def _quantized_operands(x_bits, amax, amax_columns, *, hadamard, seed=None, impl=None):
+    """The same of `quantize_operands`: bfloat16 in uint16 -> code * scale in uint16 and scales, of rows and columns."""
+    x = jax.lax.bitcast_convert_type(x_bits, jnp.bfloat16)
+    both = _operands.quantize_operands(x, amax, amax_columns, hadamard=hadamard, seed=seed, impl=impl)
+    return tuple(bits for one in both for bits in (jax.lax.bitcast_convert_type(one[0], jnp.uint16), one[1]))
+
+
+def _quantize_inputs(case, seed, dtype):
+    del dtype
+    (x, *maxima), settings = _quantize.example_inputs(case, seed, jnp.bfloat16)
+    return (jax.lax.bitcast_convert_type(x, jnp.uint16), *maxima), settings
 
 
 SUITE = {
@@ -179,6 +201,24 @@ SUITE = {
         float32=("a_amax", "b_amax"),
         peers={"bfloat16": _unquantised_product},
         for_peers=("a", "b"),
+        backward=False,
+    ),
+    "quantize_operands": Op(
+        _quantized_operands,
+        _operands.CASES,
+        _operands.BENCHMARKS,
+        _quantize_inputs,
+        _operands.cost,
+        float32=("amax", "amax_columns"),
+        backward=False,
+    ),
+    "quantize": Op(
+        _quantized,
+        _quantize.CASES,
+        _quantize.BENCHMARKS,
+        _quantize_inputs,
+        _quantize.cost,
+        float32=("amax", "amax_columns"),
         backward=False,
     ),
     "permute": Op(

@@ -8,7 +8,8 @@ Source: NVIDIA TransformerEngine, common/recipe and pytorch/quantization.py (NVF
     dw = x^T dy          RHT(x^T) 1x16 along tokens         RHT(dy^T) 1x16 along tokens, stochastic
 
 RHT is the Hadamard transform of every 16 tokens; it cancels in the product. Operands are code * block scale, which are
-exact in bfloat16; the scales of the tensors are applied to the float32 result. On Blackwell the tensor cores take the
+exact in bfloat16; the scales of the tensors are applied to the float32 result. On one Hopper GPU a kernel makes those
+of x and dy (pallas_kernels/quantize_operands.py), the two of dy in one pass. On Blackwell the tensor cores take the
 codes and block scales themselves (pallas_kernels/nvfp4_matmul.py); the experts' products are emulated there too.
 
 MXFP8 and FP8 round the same operands to nearest: 32 elements of the summed axis share a power of two, or a tensor one
@@ -36,12 +37,11 @@ from jax import Array, lax
 
 from nemotron_jax.precision.formats import NVFP4, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
-from pallas_kernels import floats, grouped_matmul
+from pallas_kernels import floats, grouped_matmul, nvfp4_matmul, quantize_operands
 from pallas_kernels.nvfp4 import e2m1_value, global_scale, hadamard16_of, nvfp4_codes, pack
-from pallas_kernels.nvfp4_matmul import implementation, nvfp4_matmul
-
-DGRAD, WGRAD = 1, 2  # which product random bits are for
-
+from pallas_kernels.nvfp4_matmul import implementation as product_by
+from pallas_kernels.quantize_operands import implementation as operands_by
+from pallas_kernels.random_bits import DGRAD, WGRAD, random_bytes
 
 OPERANDS = ("x", "w", "dy", "x_tokens", "dy_tokens")  # the last two in blocks along tokens, for the weight's gradient
 COUNTS = ("non_zero", "flushed", "saturated", "non_finite")
@@ -97,7 +97,8 @@ def _matmul(x_MK: Array, w_KN: Array, seed: Array, probe: Array | None, precisio
 def _forward(x_MK: Array, w_KN: Array, precision: Precision) -> tuple[Array, Array]:
     """The product, and COUNTS of x and w."""
     with jax.named_scope("fprop"):
-        x, w = quantize_rows(x_MK, precision), _weight(w_KN.T, precision)
+        x = _together(x_MK, precision, None, rows=True)[0] or quantize_rows(x_MK, precision)
+        w = _weight(w_KN.T, precision)
     return _product(x, w, 1, precision).astype(x_MK.dtype), jnp.stack([x.counts, w.counts])
 
 
@@ -110,18 +111,23 @@ def _matmul_fwd(
 
 def _matmul_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> tuple[Array, Array, None, Array | None]:
     x_MK, w_KN, seed, forward = saved
-    bits = _bits(precision, seed, DGRAD, _places(dy_MN), dy_MN.shape[1])
+    dy, dy_tokens = _together(dy_MN, precision, seed, rows=True, tokens=True)
+    _, x_tokens = _together(x_MK, precision, None, tokens=True)
     with jax.named_scope("dgrad"):
-        dy, w = quantize_rows(dy_MN, precision, bits), _weight(w_KN, precision)
-    counts = [dy.counts]
+        if dy is None:
+            bits = _bits(precision, seed, DGRAD, _places(dy_MN), dy_MN.shape[1])
+            dy = quantize_rows(dy_MN, precision, bits)
+        w = _weight(w_KN, precision)
     dx = _product(dy, w, 1, precision)
     padding = ((0, -len(x_MK) % _block(precision)), (0, 0))
-    x_MK, dy_MN = jnp.pad(x_MK, padding), jnp.pad(dy_MN, padding)
-    bits = _bits(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1])
     with jax.named_scope("wgrad"):
-        x, dy = quantize_tokens(x_MK, precision), quantize_tokens(dy_MN, precision, bits)
-    dw = _product(x, dy, 0, precision)
-    counts += [x.counts, dy.counts]
+        x_tokens = x_tokens or quantize_tokens(jnp.pad(x_MK, padding), precision)
+        if dy_tokens is None:
+            dy_MN = jnp.pad(dy_MN, padding)
+            bits = _bits(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1])
+            dy_tokens = quantize_tokens(dy_MN, precision, bits)
+    dw = _product(x_tokens, dy_tokens, 0, precision)
+    counts = [dy.counts, x_tokens.counts, dy_tokens.counts]
     return dx.astype(x_MK.dtype), dw.astype(w_KN.dtype), None, _of_probe(forward, counts)
 
 
@@ -135,7 +141,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 def _product(a: Operand, b: Operand, axis: int, precision: Precision) -> Array:
     """float32, summed over an axis of both operands' values."""
-    if a.coded is not None and b.coded is not None and implementation(a.values.shape[axis]) != "reference":
+    if a.coded is not None and b.coded is not None and product_by(a.values.shape[axis]) != "reference":
         return nvfp4_matmul(a.coded, b.coded)
     exact = lax.Precision.HIGHEST if precision.operands == "float32" else lax.Precision.DEFAULT
     contract = (((axis,), (axis,)), ((), ()))
@@ -164,6 +170,44 @@ def _blocks(z: Array, amax: Array, axis: int, bits: Array | None, precision: Pre
     steps = floats.e4m3_value(scales)
     values = (e2m1_value(codes) * steps).astype(precision.operands)
     return _operand(z, values, global_scale(amax), 6 * steps), codes, scales
+
+
+def _together(
+    z_MK: Array, precision: Precision, seed: Array | None, *, rows: bool = False, tokens: bool = False
+) -> tuple[Operand | None, Operand | None]:
+    """`quantize_rows` and `quantize_tokens` of one tensor by a kernel that reads it once; None where there is none.
+
+    ``seed``: for stochastic rounding, where the recipe draws.
+    """
+    by_kernel = precision.format == "nvfp4" and z_MK.dtype == precision.operands
+    if not by_kernel or operands_by(z_MK) == "reference":
+        return None, None
+    with jax.named_scope("quantize"):
+        turned = _turned(z_MK, precision) if tokens else None
+        amax_rows = floats.absolute_max(z_MK) if rows else None
+        amax_tokens = None if turned is None else floats.absolute_max(turned)
+        seed = seed if precision.draws else None
+        made = quantize_operands(z_MK, amax_rows, amax_tokens, hadamard=precision.hadamard, seed=seed)
+    found: list[Operand | None] = []
+    for part, amax, z in zip(made, (amax_rows, amax_tokens), (z_MK, turned), strict=True):
+        if part is None or amax is None or z is None:
+            found.append(None)
+            continue
+        values, scales = part
+        limit = 6 * floats.e4m3_value(scales)
+        if z is turned:  # [B, S, K]
+            limit = limit[:, None]
+        operand = _operand(z, values.reshape(z.shape), global_scale(amax), limit)
+        found.append(operand._replace(values=values))
+    return found[0], found[1]
+
+
+def _turned(z_MK: Array, precision: Precision) -> Array:
+    """[B, S, K]: blocks of tokens, transformed where the recipe says so."""
+    z_BSK = z_MK.reshape(-1, _block(precision), z_MK.shape[1])
+    if precision.format == "nvfp4" and precision.hadamard:
+        z_BSK = hadamard16_of([z_BSK[:, i] for i in range(z_BSK.shape[1])], axis=1)
+    return z_BSK
 
 
 @jax.named_scope("rows")
@@ -210,10 +254,7 @@ def quantize_tokens(
       block_expert: int32 [M / S], the expert of each block, for an amax (and scale [E]) of each; None: one tensor.
       over: mesh axes over which devices hold other parts of the experts' tensors.
     """
-    size = _block(precision)
-    z_BSK = z_MK.reshape(-1, size, z_MK.shape[1])
-    if precision.format == "nvfp4" and precision.hadamard:
-        z_BSK = hadamard16_of([z_BSK[:, i] for i in range(size)], axis=1)
+    size, z_BSK = _block(precision), _turned(z_MK, precision)
     if block_expert is None:
         amax = floats.absolute_max(z_BSK)
         amax_B = amax[None]
@@ -386,20 +427,3 @@ def _places(z_MK: Array) -> Array:
 
 def _bits(precision: Precision, seed: Array, product: int, token_M: Array, columns: int) -> Array | None:
     return random_bytes(seed, product, token_M, columns) if precision.draws else None
-
-
-def random_bytes(seed: Array, stream: int, token_M: Array, columns: int) -> Array:
-    """uint8 [M, N] that depend on seed, stream, token (uint32) and column alone; four of them from one hash."""
-    quarter = -(-columns // 4)
-    row = token_M[:, None]
-    column = lax.broadcasted_iota(jnp.uint32, (1, quarter), 1)
-    word = _mix(_mix(_mix(seed.astype(jnp.uint32) + jnp.uint32(stream * 0x9E3779B9 % 2**32)) + row) ^ column)
-    parts = [(word >> shift).astype(jnp.uint8) for shift in (0, 8, 16, 24)]
-    return jnp.stack(parts, axis=-1).reshape(len(token_M), 4 * quarter)[:, :columns]
-
-
-def _mix(x: Array) -> Array:
-    """The finaliser of MurmurHash3: every bit of the result depends on every bit of x."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

@@ -22,6 +22,8 @@ SIGNATURES = {
     "take_rows": "(table, ids, *, dtype=None, impl=None)",
     "block_scaled_matmul": "(x, w, *, impl=None)",
     "nvfp4_matmul": "(a, b, *, impl=None)",
+    "quantize": "(x, amax, amax_columns, *, hadamard=False, seed=None, impl=None)",
+    "quantize_operands": "(x, amax, amax_columns, *, hadamard=False, seed=None, impl=None)",
     "permute": "(x, expert_ids, num_experts, *, impl=None)",
     "unpermute": "(rows, row_map, weights, *, impl=None)",
 }

@@ -26,6 +26,8 @@ BENCHMARKS = {
     "take_rows": ("nano", "nano_skewed"),
     "block_scaled_matmul": ("8192x4096_1", "8192x4096_16", "8192x4096_64", "super_experts_up", "super_experts_down"),
     "nvfp4_matmul": ("super_in_proj", "super_in_proj_dw", "super_shared_up"),
+    "quantize": ("activation", "activation_no_rht", "gradient"),
+    "quantize_operands": ("activation", "gradient"),
     "permute": ("nano", "super"),
     "unpermute": ("nano", "super"),
 }

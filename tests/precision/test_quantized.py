@@ -1,10 +1,13 @@
 """Quantised matmuls against the oracle of the formats: which operand is rounded how, in all three products."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,6 +17,8 @@ from nemotron_jax.precision.matmul import expert_matmul, matmul
 from nemotron_jax.precision.quantized import COUNTS, DGRAD, OPERANDS, WGRAD, new_probe, random_bytes
 from nemotron_jax.precision.recipe import Precision
 from nemotron_jax.run_config import ParallelConfig
+from pallas_kernels import quantize_operands_mosaic
+from pallas_kernels.dispatch import compiling_for
 from tests.pallas_kernels import nvfp4_oracle as oracle
 
 RNG = np.random.default_rng(0)
@@ -219,6 +224,35 @@ def test_random_bytes():
         assert abs((np.asarray(other) == found).mean() - 1 / 256) < 0.002
     correlation = np.corrcoef(found[:, :-1].ravel(), found[:, 1:].ravel())[0, 1]
     assert abs(correlation) < 0.02
+
+
+def test_the_kernel_of_both_operands_changes_no_bit(monkeypatch):
+    """Interpreted, in place of what runs elsewhere: product, gradients and statistics."""
+    module = importlib.import_module("pallas_kernels.quantize_operands")
+    normal = np.random.default_rng(1).normal
+    x, w, dy = (jnp.asarray(normal(size=s), jnp.bfloat16) for s in ((128, 64), (64, 128), (128, 128)))
+    precision = Precision("bfloat16", "nvfp4")
+
+    def run():
+        def gradients(x, w, dy):
+            y, pull = jax.vjp(lambda *z: matmul(*z[:2], precision, SEED, z[2]), x, w, new_probe())
+            return y, *pull(dy)
+
+        return jax.jit(gradients)(x, w, dy)
+
+    want = run()
+    calls = []
+
+    def interpreted(*arguments):
+        calls.append([z is not None for z in arguments[1:3]])
+        return quantize_operands_mosaic.quantize_operands(*arguments, plgpu.InterpretGPUParams())
+
+    monkeypatch.setitem(module._IMPLEMENTATIONS, "mosaic", interpreted)
+    with compiling_for("sm_90a"):
+        got = run()
+    assert calls == [[True, False], [True, True], [False, True]]  # x; dy; x for the weight's gradient
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_no_two_weights_of_a_layer_draw_the_same_bits():

@@ -1,0 +1,167 @@
+"""`quantize_operands` for Hopper (Pallas Mosaic GPU, sm_90a): x is read once, each result is written once.
+
+As in pallas_kernels/quantize_mosaic.py a thread owns whole blocks: 16 columns of a row, then 16 rows of two columns.
+Results are as large as x and take its place in shared memory, thread by thread; where both are wanted, the rows get
+memory of their own, since the columns still read x.
+
+Shapes: M rows, N columns of x; a tile has A blocks of 16 rows and B blocks of 16 columns.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic import Interpret, kernel_call
+from pallas_kernels.nvfp4 import BLOCK, e2m1_value
+from pallas_kernels.quantize_mosaic import (
+    THREADS,
+    block_numbers,
+    column_bytes,
+    halves,
+    iota,
+    load_words,
+    rounded,
+    row_bytes,
+    tile_ends,
+    transformed,
+)
+
+A, B = 8, 4  # a tile of 128 rows and 64 columns
+ROWS, COLUMNS = A * BLOCK, B * BLOCK
+OF_ROWS = (THREADS // COLUMNS, BLOCK, B, 1)  # what the threads hold of each array: blocks of 16 columns ...
+OF_COLUMNS = (THREADS // (8 * B), 1, B, 8)  # ... and pairs of columns in blocks of 16 rows
+
+
+def unfit(x: jax.Array) -> str:
+    """Why the kernel cannot take x [M, N], or ""."""
+    if x.dtype != jnp.bfloat16:
+        return f"x must be bfloat16, got {x.dtype}"
+    if x.shape[0] % ROWS or x.shape[1] % COLUMNS or not x.size:
+        return f"M must be a multiple of {ROWS} and N of {COLUMNS}, got {list(x.shape)}"
+    return ""
+
+
+def quantize_operands(
+    x: jax.Array,
+    amax: jax.Array | None,
+    amax_columns: jax.Array | None,
+    hadamard: bool,
+    seed: jax.Array | None,
+    interpret: Interpret = None,
+) -> tuple[Any, Any]:
+    """Arguments and results as of `quantize_operands.quantize_operands`."""
+    m, n = x.shape
+    wanted = (amax is not None, amax_columns is not None)
+    words = lax.bitcast_convert_type(x.reshape(m, n // 2, 2), jnp.uint32)
+    if interpret is not None:
+        words = words.reshape(m // BLOCK, BLOCK, n // BLOCK, 8)
+    of_rows, of_columns = (jnp.ones((), jnp.float32) if each is None else each for each in (amax, amax_columns))
+    numbers = block_numbers(of_rows, of_columns, seed)
+    found = iter(_kernel(m, n, wanted, hadamard, seed is not None, interpret)(numbers, words))
+
+    def result(rows):
+        values = lax.bitcast_convert_type(next(found).reshape(m, n // 2), jnp.bfloat16).reshape(m, n)
+        return values, next(found).reshape(rows, -1)
+
+    return result(m) if wanted[0] else None, result(m // BLOCK) if wanted[1] else None
+
+
+@functools.lru_cache
+def _kernel(m, n, wanted, hadamard, stochastic, interpret):
+    by_rows, by_columns = wanted
+    both = by_rows and by_columns
+
+    def body(numbers_g, x_g, *refs):
+        outputs, (x_s, full, *more) = refs[: 2 * sum(wanted)], refs[2 * sum(wanted) :]
+        tile_a, tile_b = lax.axis_index("a") * A, lax.axis_index("b") * B
+        here = (tile_a, A, BLOCK), (tile_b, B, 8)
+        plgpu.copy_gmem_to_smem(*tile_ends(x_g, x_s, *here, interpret), full)
+        plgpu.barrier_wait(full)
+
+        def write(made, to):
+            plgpu.commit_smem()
+            to, made = tile_ends(to, made, *here, interpret)
+            plgpu.copy_smem_to_gmem(made, to)
+
+        if by_rows:
+            rows_s = more[0] if both else x_s
+            rows = functools.partial(_rows, numbers_g, x_s, rows_s, outputs[1], tile_a, tile_b, stochastic, interpret)
+            lax.fori_loop(0, A // OF_ROWS[0], lambda i, _: rows(i * OF_ROWS[0]), None)
+            write(rows_s, outputs[0])
+        if by_columns:
+            columns = functools.partial(
+                _columns, numbers_g, x_s, outputs[-1], tile_a, tile_b, hadamard, stochastic, interpret
+            )
+            lax.fori_loop(0, A // OF_COLUMNS[0], lambda i, _: columns(i * OF_COLUMNS[0]), None)
+            write(x_s, outputs[-2])
+        plgpu.wait_smem_to_gmem(0)
+
+    blocks_m, blocks_n = m // BLOCK, n // BLOCK
+    fine = interpret is not None  # as in `tile_ends`
+    values = jax.ShapeDtypeStruct((blocks_m, BLOCK, blocks_n, 8) if fine else (m, n // 2), jnp.uint32)
+    scales = [(blocks_m, BLOCK, blocks_n, 1), (blocks_m, 1, blocks_n, 8, 2)]
+    of_scales = [jax.ShapeDtypeStruct(shape, jnp.uint8) for shape in scales]
+    tile = plgpu.SMEM((A, BLOCK, B, 8), jnp.uint32)
+    return kernel_call(
+        body,
+        warpgroups=1,
+        interpret=interpret,
+        auto_barriers=False,
+        out_type=[z for i in range(2) if wanted[i] for z in (values, of_scales[i])],
+        grid=(blocks_m // A, blocks_n // B),
+        grid_names=("a", "b"),
+        scratch_types=[tile, plgpu.Barrier(num_arrivals=1), *([tile] if both else [])],
+    )
+
+
+def _rows(numbers_g, x_s, rows_s, scales_g, tile_a, tile_b, stochastic, interpret, a):
+    """Blocks of 16 columns of the rows of some blocks of rows, from the a-th of the tile on."""
+    here = pl.ds(a, OF_ROWS[0])
+    words = [load_words(x_s.at[here, :, :, pl.ds(j, 1)], OF_ROWS) for j in range(8)]
+    draw = None
+    if stochastic:
+        along = functools.partial(iota, OF_ROWS)
+        draw = row_bytes(numbers_g[4], (tile_a + a + along(0)) * BLOCK + along(1), tile_b + along(2))
+    parts = [half for word in words for half in halves(word)]
+    scale, operands = _operands(parts, numbers_g[0], numbers_g[1], draw, interpret)
+    for j in range(8):
+        rows_s.at[here, :, :, pl.ds(j, 1)][...] = _pair(operands[2 * j], operands[2 * j + 1])
+    scales_g.at[pl.ds(tile_a + a, OF_ROWS[0]), :, pl.ds(tile_b, B), :][...] = scale.astype(jnp.uint8)
+
+
+def _columns(numbers_g, x_s, scales_g, tile_a, tile_b, hadamard, stochastic, interpret, a):
+    """Blocks of 16 rows, from the a-th of the tile on, of all columns; in place."""
+    here = pl.ds(a, OF_COLUMNS[0])
+    words = [load_words(x_s.at[here, pl.ds(row, 1), :, :], OF_COLUMNS) for row in range(BLOCK)]
+    bytes_of = None
+    if stochastic:
+        along = functools.partial(iota, OF_COLUMNS)
+        bytes_of = column_bytes(numbers_g[5], tile_a + a + along(0), tile_b + along(2), along(3))
+    made = []
+    for parity in range(2):
+        parts = [halves(word)[parity] for word in words]
+        parts = transformed(parts) if hadamard else parts
+        draw = bytes_of(parity) if bytes_of else None
+        scale, operands = _operands(parts, numbers_g[2], numbers_g[3], draw, interpret)
+        there = scales_g.at[pl.ds(tile_a + a, OF_COLUMNS[0]), :, pl.ds(tile_b, B), :, parity]
+        there[...] = scale.astype(jnp.uint8)
+        made.append(operands)
+    for row, pair in enumerate(zip(*made, strict=True)):
+        x_s.at[here, pl.ds(row, 1), :, :][...] = _pair(*pair)
+
+
+def _operands(parts, sixth, decode, draw, interpret):
+    """The codes of scales, and 16 arrays of code * scale, float32 that are bfloat16."""
+    scale, value, codes = rounded(parts, sixth, decode, draw, interpret)
+    return scale, [e2m1_value(code) * value for code in codes]
+
+
+def _pair(low, high):
+    """Two float32 that are bfloat16 -> uint32."""
+    low, high = (lax.bitcast_convert_type(z, jnp.uint32) for z in (low, high))
+    return low >> jnp.uint32(16) | high & jnp.uint32(0xFFFF0000)
