@@ -136,8 +136,8 @@ def run(what: str, work: Workload) -> dict[str, Any]:
         devices = jax.devices()
     mesh = meshes.make_mesh(work.parallel, devices)
     _check(work, mesh)
-    program = PROGRAMS[what](work, mesh)
     with aot.compiling_for(work.target) if work.target else contextlib.nullcontext():
+        program = PROGRAMS[what](work, mesh)
         compiled, seconds = _compile(program, mesh, work)
         plan = compiled.memory_analysis()
         result = {

@@ -46,6 +46,11 @@ def _local_target() -> str:
     return f"sm_{str(jax.devices()[0].compute_capability).replace('.', '')}a"
 
 
+def on_gpu() -> bool:
+    """Whether programs run on, or are compiled for, a GPU."""
+    return bool(_target.get()) or jax.default_backend() == "gpu"
+
+
 def on_hopper() -> str:
     """ "" when programs run on (or are compiled for) a GPU of compute capability 9.0, else the reason."""
     target = _target.get() or _local_target()

@@ -17,10 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import jax
-
 from nemotron_jax.config import ModelConfig
 from nemotron_jax.errors import ConfigError, did_you_mean
+from pallas_kernels.dispatch import on_gpu
 
 # What the sizes of a quantised matmul must divide by: the elements that share a scale.
 MULTIPLES = {"nvfp4": 16, "mxfp8": 32, "fp8": 1}
@@ -171,7 +170,7 @@ def recipe(name: str, model: ModelConfig | None = None, exclude: str = "", *, ke
       ConfigError: an unknown name, or a quantised recipe without a model.
     """
     if name == "auto":
-        name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+        name = "bfloat16" if on_gpu() else "float32"
     if name in RECIPES:
         return RECIPES[name]
     if name not in QUANTIZED:
@@ -190,7 +189,7 @@ def block_of(name: str) -> int:
 
 def _rules(name: str, model: ModelConfig) -> Iterable[tuple[str, Precision]]:
     # Quantised operands are exact in float32 as well as in bfloat16, and the CPU multiplies float32.
-    operands = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    operands = "bfloat16" if on_gpu() else "float32"
     full, quantized = Precision("bfloat16"), replace(QUANTIZED[name], operands=operands)
     if name == "nvfp4-all-layers":
         yield "*", quantized
