@@ -15,6 +15,8 @@ OPTIONS: dict[str, bool | int] = {
     # Rows go to experts of the same process through NCCL. XLA's own kernel for it copies with a few blocks: on two
     # H100s it took 129 ms for 0.5 GB, a hundredth of what NVLink carries (openxla/xla issue 33386).
     "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel": False,
+    # Without it XLA refuses to take NCCL for this, across hosts too.
+    "xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback": True,
 }
 
 

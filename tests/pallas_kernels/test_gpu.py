@@ -14,7 +14,9 @@ pytestmark = [
 
 DRAWS = 10
 TOLERANCE = 1e-2  # relative Frobenius error
-WIDER = {"ssd": {"out1": 2e-2, "d_dt": 2e-2, "d_initial_state": 2e-2}}  # out1: the final state
+# out1: the final state. d_A is a sum of what d_dt is made of: 1.4e-2 for five tokens, 2.8e-3 at Nano's size.
+WIDER = {"ssd": {"out1": 2e-2, "d_dt": 2e-2, "d_initial_state": 2e-2, "d_A": 2e-2}}
+UNORDERED = {("take_rows", "reference")}  # XLA's scatter-add on GPUs: by atomics
 # Shapes of the released models, beside all the small ones: those whose float32 truth takes seconds at most.
 BENCHMARKS = {
     "ssd": ("nano", "nano_packed", "nano-4b"),
@@ -52,7 +54,8 @@ def test_values_and_gradients(op: str, case, impl: str):
         pytest.skip(reason)
     found = suite.errors(op, case, impl, seeds=range(DRAWS))
     print(op, case.name, impl, {name: f"{error:.1e}" for name, error in found.items()})
-    assert found["repeat"] == 0, "two runs on the same inputs differ"
+    repeat = found.pop("repeat")
+    assert repeat == 0 or (op, impl) in UNORDERED, "two runs on the same inputs differ"
     wrong = {name: error for name, error in found.items() if error > WIDER.get(op, {}).get(name, TOLERANCE)}
     assert not wrong
 
