@@ -24,7 +24,7 @@ def same(got, want):
         np.testing.assert_array_equal(found.amax, expected.amax)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_each_orientation_is_the_tensor_quantised_on_its_own(case, dtype):
     """With the largest value found after the transform, and bytes by token and column whatever the orientation."""
@@ -69,10 +69,10 @@ def test_maxima():
 @pytest.mark.parametrize(
     "case",
     [
-        Case("the other width of a tile, more than one of them", 256, 192, False),
+        pytest.param(Case("the other width of a tile, more than one of them", 256, 192, False), marks=pytest.mark.slow),
         Case("hadamard", 128, 128, True),
         Case("stochastic", 128, 64, True, True),
-        Case("stochastic, wide", 256, 256, False, True),
+        pytest.param(Case("stochastic, wide", 256, 256, False, True), marks=pytest.mark.slow),
     ],
     ids=lambda case: case.name,
 )

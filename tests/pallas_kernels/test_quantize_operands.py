@@ -21,7 +21,10 @@ def same(got, want):
             np.testing.assert_array_equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case.name == "one_block" else pytest.mark.slow, id=case.name) for case in CASES],
+)
 def test_values_are_those_of_the_codes(case):
     (x, *maxima), settings = example_inputs(case, 1, jnp.bfloat16)
     rows, columns = quantize_operands(x, *maxima, **settings)
@@ -35,7 +38,7 @@ def test_values_are_those_of_the_codes(case):
 @pytest.mark.parametrize(
     ("case", "wanted"),
     [
-        (Case("both", 128, 128, False), (True, True)),
+        pytest.param(Case("both", 128, 128, False), (True, True), marks=pytest.mark.slow),
         (Case("both, drawn", 256, 64, True, True), (True, True)),
         (Case("rows, drawn", 128, 64, False, True), (True, False)),
         (Case("columns", 128, 64, True), (False, True)),
