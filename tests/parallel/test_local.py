@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from nemotron_jax.parallel.local import gathered, index, per_device, scattered, zeros_after
-from nemotron_jax.parallel.mesh import mesh_axes
+from nemotron_jax.parallel.local import gathered, index, per_device, scattered, together, zeros_after
+from nemotron_jax.parallel.mesh import constrain, mesh_axes
 from tests.parallel.conftest import collectives
 
 
@@ -95,6 +95,38 @@ def test_zeros_after_anything_are_zeros(dtype):
 def test_zeros_after_something_are_no_constant():
     compiled = jax.jit(lambda x: zeros_after(x, (2, 3), "float32")).lower(jnp.zeros((4, 5))).compile().as_text()
     assert "bitcast-convert" in compiled  # of a number of x
+
+
+def test_gradients_that_are_there_together(eight):
+    """The identity and its gradient; tied on a mesh alone, and integers not at all."""
+
+    def loss(x, w):
+        x, tied = together(x, {"w": w, "counts": jnp.arange(3)})
+        return (x * tied["w"]).sum() + tied["counts"].sum()
+
+    x, w = jnp.arange(3.0), jnp.array([2.0, 5.0, 7.0])
+
+    def gradient(*arguments):
+        return jax.grad(loss, (0, 1))(*arguments)
+
+    assert "optimization_barrier" not in jax.jit(gradient).lower(x, w).as_text()
+    with jax.set_mesh(eight(fsdp=8)):
+        assert jax.jit(gradient).lower(x, w).as_text().count("optimization_barrier") == 1
+        dx, dw = jax.jit(gradient)(x, w)
+    np.testing.assert_array_equal(dx, w)
+    np.testing.assert_array_equal(dw, x)
+
+
+def test_activations_keep_their_rows_together(eight):
+    """Also where what makes them would have their columns so."""
+
+    def layout(function):
+        x = jnp.zeros((8, 4, 16))
+        with jax.set_mesh(eight(fsdp=8)):
+            return jax.jit(function).lower(x).as_text().count("LayoutConstraint")
+
+    assert layout(lambda x: constrain(x + 1) * 2) == 1
+    assert layout(lambda x: x + 1) == 0
 
 
 def test_index_counts_along_all_axes_of_a_logical_one(eight):
