@@ -59,9 +59,8 @@ losses = functools.cache(run)
 SLOW = pytest.mark.slow  # each recipe is a program of its own to compile
 
 
-@pytest.mark.parametrize(
-    "name", ["nvfp4", *(pytest.param(other, marks=SLOW) for other in ("nvfp4-all-layers", "mxfp8", "fp8"))]
-)
+@SLOW
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4-all-layers", "mxfp8", "fp8"])
 def test_the_loss_is_near_that_of_bfloat16(name):
     exact, _ = losses("bfloat16")
     found, _ = losses(name)

@@ -37,7 +37,8 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("killed_at", [4, 8])  # checkpoints at 2 and 6: before the switch and after it
+# Checkpoints at 2 and 6: before the switch and after it.
+@pytest.mark.parametrize("killed_at", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_a_switch_is_exact_on_resuming(config, tmp_path, monkeypatch, killed_at):
     whole = losses(dataclasses.replace(config, precision=SWITCH), tmp_path / "whole")
     before = losses(dataclasses.replace(config, precision=PrecisionConfig("fp8")), tmp_path / "before")
