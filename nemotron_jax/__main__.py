@@ -237,6 +237,8 @@ def bench(argv: Sequence[str]) -> int:
     parser.require(flags, "preset", what="bench")
     if flags.stack_layers and not (flags.what == "train" and flags.optimizer):
         parser.error("--stack-layers is a view of the whole training step: use it with train and --optimizer")
+    if flags.profile and (flags.compile_only or flags.compile_for[0]):
+        parser.error("--profile is taken of steps that run: leave out --compile-only and --compile-for")
     model = model_config(flags.preset)
     if flags.pattern is not None:
         model = dataclasses.replace(model, pattern=flags.pattern)

@@ -134,6 +134,8 @@ def run(what: str, work: Workload) -> dict[str, Any]:
             raise UserError(str(error)) from error
     else:
         devices = jax.devices()
+    if work.profile and devices[0].platform != "gpu":
+        raise UserError(f"--profile sums up what GPUs did, and here are devices of kind {devices[0].platform!r}.")
     mesh = meshes.make_mesh(work.parallel, devices)
     _check(work, mesh)
     with aot.compiling_for(work.target) if work.target else contextlib.nullcontext():

@@ -52,6 +52,15 @@ def test_a_command_prints_one_object(capfd, monkeypatch, what: str):
         assert result["loss"] == pytest.approx(1.3 * math.log(MODEL.vocab_size), rel=0.2)  # MTP counts 0.3
 
 
+def test_a_profile_is_of_gpus_and_of_steps_that_run(monkeypatch, tmp_path):
+    monkeypatch.setitem(front.PRESETS, "here", MODEL)
+    profiled = ["bench", "train", "--preset=here", f"--profile={tmp_path}"]
+    with pytest.raises(UserError, match="here are devices of kind 'cpu'"):
+        front.run(profiled)
+    with pytest.raises(UserError, match="leave out --compile-only"):
+        front.run([*profiled, "--compile-only"])
+
+
 def test_another_process_finds_what_was_compiled(capfd, monkeypatch, tmp_path):
     monkeypatch.setitem(front.PRESETS, "here", MODEL)
     arguments = ["bench", "decode", "--preset=here", "--batch=8", "--seq=32", "--compile-only", f"--cache={tmp_path}"]

@@ -33,7 +33,8 @@ def per_device(
     Args:
       function: of arrays, or None in place of some.
       operands: logical axes of each operand (None, or an axis None: not sharded).
-      results: logical axes of the results, a tuple for each, in the structure that the function returns.
+      results: logical axes of the results, a tuple for each, in the structure that the function returns; taken as they
+        are (mesh.INSTEAD goes by a shape).
       whole: logical axes to keep on each device as a whole.
 
     A logical axis that its mesh axes do not divide, in one of the operands, is whole on each device.

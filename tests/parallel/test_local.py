@@ -97,6 +97,24 @@ def test_zeros_after_something_are_no_constant():
     assert "bitcast-convert" in compiled  # of a number of x
 
 
+@pytest.mark.parametrize(("experts", "part"), [(8, (1, 16, 4)), (6, (3, 4, 4))])
+def test_experts_are_cut_whole_or_else_along_their_width(eight, experts, part):
+    """And are made whole again, but for those of other devices of "expert", with the sum as gradient."""
+    axes, shape = ("expert_weights", "embed", "expert_mlp"), (experts, 16, 4)
+    weight = jnp.arange(experts * 64.0).reshape(shape)
+
+    def of_device(w):
+        assert w.shape == part
+        mine, vjp = jax.vjp(lambda w: gathered(w, axes, shape, jnp.float32), w)
+        return mine[None], vjp(jnp.ones_like(mine))[0]
+
+    cut = ("expert_weights" if experts == 8 else "experts", *axes[1:])  # results have no shape to go by
+    with jax.set_mesh(eight(fsdp=2, expert=2, context=2)):
+        wholes, gradient = jax.jit(per_device(of_device, [axes], ((None, "experts", None, None), cut)))(weight)
+    np.testing.assert_array_equal(wholes[0], weight)
+    np.testing.assert_array_equal(gradient, np.full(shape, 4))
+
+
 def test_gradients_that_are_there_together(eight):
     """The identity and its gradient; tied on a mesh alone, and integers not at all."""
 
