@@ -67,8 +67,11 @@ def test_the_table(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--recipes=bfloat16,nvfp5", "Did you mean"),
-        ("--seeds=0,first", "whole number from 0"),
+        ("--runs=bfloat16,nvfp5", "Did you mean"),
+        ("--runs=bfloat16,bfloat16:first", "whole number from 0"),
+        ("--runs=bfloat16,nvfp4:1", "add bfloat16:1"),
+        ("--runs=bfloat16,nvfp4:0,nvfp4", "named twice"),
+        ("--at-once=0", "at-once"),
         ("--config.train.stepz=3", "stepz"),
         ("--recipe=nvfp4", "--recipe"),
         ("--config.model.mamba.num_heads=3", "num_heads"),
@@ -79,3 +82,52 @@ def test_bad_flags_stop_it_before_the_first_run(flag, message, tmp_path, monkeyp
     with pytest.raises(UserError, match=message):
         compare.compare([f"--config={CONFIGS[0]}", f"--workdir={tmp_path / 'runs'}", flag])
     assert not list(tmp_path.iterdir())
+
+
+RUNS = "--runs=bfloat16,nvfp4,bfloat16:1,nvfp4:1"
+
+
+def flag_of(command, name):
+    return next(argument.partition("=")[2] for argument in command if argument.startswith(f"--{name}="))
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_runs_at_once_have_a_gpu_each_and_the_same_tokens(at_once, tmp_path, monkeypatch):
+    """train.py is not run here: what it was given, with which environment, and what its folder held."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    (tmp_path / "text.txt").write_text("some words of text " * 400)
+    seen = []
+
+    def run(command, env, check, stdout=None, stderr=None):
+        workdir = Path(flag_of(command, "workdir"))
+        tokens = next((workdir / "data").glob("tokens-*")) / "data.bin"
+        seen.append((workdir.name, env["CUDA_VISIBLE_DEVICES"], env.get("XLA_PYTHON_CLIENT_MEM_FRACTION"), tokens))
+        (workdir / compare.METRICS_FILE).write_text(
+            "".join(f'{{"step": {step}, "loss": 2.0, "zero_gradients/in_proj": 0.1}}\n' for step in range(1, 21))
+        )
+        return compare.subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    flags = [f"--config.data.files={tmp_path / 'text.txt'}", "--config.data.seq_len=16", "--config.train.steps=20"]
+    flags += [
+        "--config.data.validation_fraction=0",
+        "--config.train.validate_every=20",
+        "--config.data.tokenizer=bpe:300",
+    ]
+    folder = tmp_path / "runs"
+    assert compare.compare([f"--config={CONFIGS[1]}", f"--workdir={folder}", RUNS, f"--at-once={at_once}", *flags]) == 0
+    names = [f"{recipe}-seed-{seed}" for seed in (0, 1) for recipe in ("bfloat16", "nvfp4")]
+    assert sorted(name for name, *_ in seen) == sorted(names)
+    assert sorted(gpu for _, gpu, *_ in seen) == (["4,7"] * 4 if at_once == 1 else ["4", "4", "7", "7"])
+    assert {fraction for *_, fraction, _ in seen} == {None if at_once == 1 else "0.45"}
+    assert len({tokens.stat().st_ino for *_, tokens in seen}) == 1
+    assert len((folder / "table.md").read_text().splitlines()) == 2 + 4
+
+
+def test_a_failed_run_is_the_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "tokenise", lambda *_: None)
+    failed = compare.subprocess.CompletedProcess([], 3)
+    started = []
+    monkeypatch.setattr(compare.subprocess, "run", lambda command, **_: started.append(command) or failed)
+    assert compare.compare([f"--config={CONFIGS[1]}", f"--workdir={tmp_path}", RUNS]) == 3
+    assert len(started) == 1 and not (tmp_path / "table.md").exists()

@@ -6,8 +6,8 @@ the machine: the start-up table says ("data"), and tokens of the run over unique
 stopped goes on from its checkpoint by the same command.
 
 Command:  python configs/ablations/compare.py --config=configs/ablations/nvfp4_h200.py --workdir=runs/nvfp4_h200
-          --recipes=bfloat16,nvfp4 --seeds=0,1
-          and again with --recipes=bfloat16,nvfp4,nvfp4-no-sr,nvfp4-no-rht,nvfp4-1d-weights,nvfp4-all-layers
+          --runs=bfloat16,bfloat16:1,nvfp4,nvfp4:1,nvfp4-no-sr,nvfp4-no-rht,nvfp4-1d-weights,nvfp4-all-layers
+          (--at-once=8 where there are GPUs for it)
 Hardware: one H200
 Time:     not run yet
 Result:   not run yet. The white paper (arXiv 2512.20856, 2.4) gives a gap below 1 % at Nano's scale, and about 3
