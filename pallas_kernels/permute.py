@@ -66,7 +66,7 @@ def unpermute(rows: jax.Array, row_map: jax.Array, weights: jax.Array, *, impl: 
 
 def permute_reference(x: jax.Array, expert_ids: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sort the entries (token, slot) by expert and gather."""
-    expert_of_row, entry_of_row = _sorted_by_expert(expert_ids.reshape(-1).astype(jnp.int32), num_experts)
+    expert_of_row, entry_of_row = sorted_by_expert(expert_ids.reshape(-1).astype(jnp.int32), num_experts)
     row = jnp.arange(entry_of_row.size, dtype=jnp.int32)
     # Each expert's last row says where its rows end. The others' writes are dropped, each out of bounds in a place of
     # its own, so that the indices are unique.
@@ -74,23 +74,24 @@ def permute_reference(x: jax.Array, expert_ids: jax.Array, num_experts: int) -> 
     end = jnp.zeros((num_experts,), jnp.int32)
     end = end.at[jnp.where(is_last, expert_of_row, num_experts + row)].set(row + 1, mode="drop", unique_indices=True)
     group_sizes = jnp.diff(jax.lax.cummax(end), prepend=0)
-    row_map = _inverse(entry_of_row).reshape(expert_ids.shape)
+    row_map = inverse(entry_of_row).reshape(expert_ids.shape)
     return _copy_rows(x, entry_of_row, row_map), group_sizes, row_map
 
 
-def _sorted_by_expert(expert_of_entry, num_experts):
-    """Experts in ascending order and the entry of each row; entries of one expert stay in order."""
+def sorted_by_expert(expert_of_entry: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """[M] int32 -> experts in ascending order and the entry of each row, [M]; entries of one expert stay in order."""
     entry = jnp.arange(expert_of_entry.size, dtype=jnp.int32)
     bits = max(expert_of_entry.size - 1, 0).bit_length()
     if num_experts << bits > np.iinfo(np.int32).max:
-        return jax.lax.sort((expert_of_entry, entry), num_keys=1, is_stable=True)
+        experts, entries = jax.lax.sort((expert_of_entry, entry), num_keys=1, is_stable=True)
+        return experts, entries
     # Both in one integer: half of the bytes for each pass of a radix sort.
     key = jax.lax.sort(expert_of_entry << bits | entry, is_stable=False)
     return key >> bits, key & (1 << bits) - 1
 
 
-def _inverse(permutation):
-    """Inverse of a permutation; the indices are unique, so the scatter has one possible result."""
+def inverse(permutation: jax.Array) -> jax.Array:
+    """[M] -> [M], the inverse of a permutation; the indices are unique, so the scatter has one possible result."""
     index = jnp.arange(permutation.size, dtype=jnp.int32)
     return jnp.zeros_like(index).at[permutation].set(index, unique_indices=True, mode="promise_in_bounds")
 
@@ -139,7 +140,7 @@ def _unpermute_bwd(residuals, d_y):
     d_y = d_y.astype(dtype)
     slots = range(row_map.shape[1])
     d_weights = jnp.stack([(d_y * _rows_at(rows, row_map[:, slot]).astype(dtype)).sum(-1) for slot in slots], axis=1)
-    entry_of_row = _inverse(row_map.reshape(-1))
+    entry_of_row = inverse(row_map.reshape(-1))
     weight_of_row = _rows_at(weights.reshape(-1), entry_of_row).astype(dtype)
     d_rows = weight_of_row[:, None] * _rows_at(d_y, entry_of_row // row_map.shape[1])
     return d_rows.astype(rows.dtype), None, d_weights.astype(weights.dtype)

@@ -27,6 +27,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from nemotron_jax.parallel.experts_gathered import everywhere
 from nemotron_jax.parallel.local import Axes, gathered, per_device, together, zeros_after
 from nemotron_jax.parallel.mesh import mesh_axes, shards
 from pallas_kernels import permute, unpermute
@@ -82,10 +83,11 @@ def routed(
     # Packed weights, which are never trained, are whole on each device.
     packed = any(isinstance(w, Packed) for w in params)
     travels = not packed and shards("experts") > 1 and num_experts % shards("experts") == 0
-    route = functools.partial(_far if travels else _near, apply, num_experts)
     shapes = [w.shape for w in params]
-
     batch, time, slots = experts_BTK.shape
+    far = everywhere if shards("experts") <= slots else _far
+    route = functools.partial(far if travels else _near, apply, num_experts)
+
     entry_BTK = None
     if seed is not None:
         entry_BTK = jnp.arange(batch * time * slots, dtype=jnp.uint32).reshape(batch, time, slots)
