@@ -8,6 +8,8 @@ each other one, as many rounds as the longest run needs: nearly always one.
 Nothing of a round is kept for the backward pass, since the number of rounds is not known: rows and gradients travel
 together, the experts compute once more, and the gradients travel back.
 
+Where a token has as many experts as there are devices, or more, tokens go to all of them instead: experts_gathered.py.
+
 On GPUs a round is a ragged all-to-all, which sends the rows alone. XLA:CPU has none: there the blocks of a round are
 padded and travel by a dense all-to-all.
 

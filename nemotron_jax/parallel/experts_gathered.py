@@ -27,8 +27,8 @@ from jax.typing import DTypeLike
 from nemotron_jax.parallel.mesh import mesh_axes, shards
 from pallas_kernels.permute import inverse, sorted_by_expert
 
-# Rows of a round over the mean. Two devices at most get by with one round, whatever the routing.
-ROOM = 2
+# Rows of a round over the mean; see experts.ROOM. Two devices get by with one round of all the rows there can be.
+ROOM = 1.5
 
 # As in experts.py: (weights, rows sorted by expert, rows of each expert, what to draw random bits from) -> rows
 Apply = Callable[[Any, Array, Array, Any], Array]
@@ -61,7 +61,7 @@ def everywhere(
 def rows_of_a_round(tokens: int, slots: int, experts: int, devices: int) -> tuple[int, int]:
     """(Q, the most rounds that a routing can need) for N tokens."""
     mean, most = tokens * slots // devices, tokens * min(slots, experts)
-    quota = most if most <= ROOM * mean else -(-ROOM * mean // 8) * 8
+    quota = most if most <= 2 * mean else -(-int(ROOM * mean) // 8) * 8
     return quota, -(-most // quota)
 
 
