@@ -160,6 +160,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
         warpgroups=1,
         interpret=interpret,
         auto_barriers=False,
+        lanes=True,
         out_type=[of_codes, of_scales, of_columns, of_columns_scales],
         grid=(blocks_m // A, blocks_n // b_blocks),
         grid_names=("a", "b"),

@@ -115,6 +115,7 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
         warpgroups=1,
         interpret=interpret,
         auto_barriers=False,
+        lanes=True,
         out_type=[z for i in range(2) if wanted[i] for z in (values, of_scales[i])],
         grid=(blocks_m // A, blocks_n // B),
         grid_names=("a", "b"),
