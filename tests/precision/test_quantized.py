@@ -249,10 +249,17 @@ def test_the_kernel_of_both_operands_changes_no_bit(monkeypatch):
         calls.append([z is not None for z in arguments[1:3]])
         return quantize_operands_mosaic.quantize_operands(*arguments, plgpu.InterpretGPUParams())
 
+    def maxima(*arguments):
+        calls.append("maxima")
+        return quantize_expert_operands_mosaic.expert_maxima(*arguments, plgpu.InterpretGPUParams())
+
     monkeypatch.setitem(module._IMPLEMENTATIONS, "mosaic", interpreted)
+    of_experts = importlib.import_module("pallas_kernels.quantize_expert_operands")
+    monkeypatch.setitem(of_experts._IMPLEMENTATIONS, "mosaic", (None, maxima))
     with compiling_for("sm_90a"):
         got = run()
-    assert calls == [[True, False], [True, True], [False, True]]  # x; dy; x for the weight's gradient
+    # x; dy; x for the weight's gradient
+    assert calls == [[True, False], "maxima", [True, True], "maxima", [False, True]]
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
 
