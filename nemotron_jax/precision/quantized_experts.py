@@ -94,8 +94,8 @@ def _experts_fwd(
     with jax.named_scope("fprop"):
         maxima = _maxima(x_MK, rows)
         x = _by_rows(x_MK, rows, maxima)
-        square = _tiles(w_EKN, precision)
-        w = _weight(w_EKN if square else jnp.swapaxes(w_EKN, 1, 2), precision, square)
+        square = weight_tiles(w_EKN, precision)
+        w = expert_weights(w_EKN if square else jnp.swapaxes(w_EKN, 1, 2), precision, square)
         scale = x.scale * w.scale
         settings: dict[str, Any] = {"transposed": square is None, "activation": activation, "dtype": x_MK.dtype}
         y = multiply_groups(x.values, w.values, group_sizes, scale, **settings)
@@ -120,7 +120,7 @@ def _experts_bwd(
         x_tokens = None if x_maxima is None else _by_kernel(x_MK, rows_x, _Maxima(x_maxima, x_maxima), tokens=True)[1]
     with jax.named_scope("dgrad"):
         dy = both[0] or _by_rows(dy_MN, rows_dy, None)
-        w = _weight(w_EKN, precision, square)
+        w = expert_weights(w_EKN, precision, square)
         scale = dy.scale * w.scale
         dx = multiply_groups(dy.values, w.values, group_sizes, scale, transposed=True, dtype=x_MK.dtype)
     with jax.named_scope("wgrad"):
@@ -226,24 +226,24 @@ def _by_tokens(z_MK: Array, of: _Rows) -> Operand:
     return quantize_tokens(whole.filled(z_MK), of.precision, bits, whole.expert_of_block, experts, of.over)
 
 
-class _Tiles(NamedTuple):
+class Tiles(NamedTuple):
     """Maxima of the 16x16 tiles of weights [E, K / 16, N / 16], and of each expert [E]: what two passes share."""
 
     maxima: Array
     amax_E: Array
 
 
-def _tiles(w_EKN: Array, precision: Precision) -> _Tiles | None:
+def weight_tiles(w_EKN: Array, precision: Precision) -> Tiles | None:
     """None where the codes of w and of its transpose differ."""
     if precision.format != "nvfp4" or precision.weight_block != "16x16":
         return None
     with jax.named_scope("weight"):
         maxima = tile_maxima(w_EKN)
-        return _Tiles(maxima, of_all(maxima.max((1, 2)), precision.cut.inputs + precision.cut.outputs))
+        return Tiles(maxima, of_all(maxima.max((1, 2)), precision.cut.inputs + precision.cut.outputs))
 
 
 @jax.named_scope("weight")
-def _weight(w_ENK: Array, precision: Precision, square: _Tiles | None) -> Operand:
+def expert_weights(w_ENK: Array, precision: Precision, square: Tiles | None) -> Operand:
     """Each expert quantised along its last axis, or in tiles: values like w, scale [E]."""
     if square is not None:
         values, steps = tile_operand(w_ENK, square.maxima, square.amax_E, precision.operands)
