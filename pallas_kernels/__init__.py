@@ -11,6 +11,7 @@ from pallas_kernels.grouped_mlp import grouped_mlp
 from pallas_kernels.nvfp4_matmul import nvfp4_matmul
 from pallas_kernels.permute import permute, unpermute
 from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize_expert_operands import quantize_expert_operands
 from pallas_kernels.quantize_operands import quantize_operands
 from pallas_kernels.ssd import ssd
 from pallas_kernels.take_rows import take_rows
@@ -25,6 +26,7 @@ __all__ = [
     "nvfp4_matmul",
     "permute",
     "quantize",
+    "quantize_expert_operands",
     "quantize_operands",
     "ssd",
     "take_rows",

@@ -190,13 +190,14 @@ def multiply_rows(
     transposed: bool = False,
     activation: str | None = None,
     slope_at: jax.Array | None = None,
+    scale: jax.Array | None = None,
     interpret: Interpret = None,
 ) -> jax.Array:
     """lhs [M, K] times each group's matrix, rhs [E, K, N] or, transposed, [E, N, K] -> [M, N], bfloat16.
 
-    K and N are multiples of 64. Before the result is rounded, activation "relu2" makes max(z, 0)^2 of it, and slope_at
-    [M, N], an earlier result max(z, 0)^2, multiplies it by the derivative 2 max(z, 0) = 2 sqrt(slope_at). Its blocks
-    travel through the ring behind the operands of their tile.
+    K and N are multiples of 64. Before the result is rounded, scale, float32 [E], multiplies the rows of its group,
+    activation "relu2" makes max(z, 0)^2 of them, and slope_at [M, N], an earlier result max(z, 0)^2, multiplies them by
+    the derivative 2 max(z, 0) = 2 sqrt(slope_at). Its blocks travel through the ring behind the operands of their tile.
     """
     rows, inputs = lhs.shape
     groups = rhs_EKN.shape[0]
@@ -209,6 +210,7 @@ def multiply_rows(
         pl.run_scoped(functools.partial(work, *refs), *views, collective_axes="wg")
 
     def work(group, row, end, last, lhs_hbm, rhs_hbm, *rest):
+        scales, rest = (rest[0], rest[1:]) if scale is not None else (None, rest)
         *slope_hbm, out_hbm, rhs_smem, full, free, lhs_views, out_views = rest
         warpgroup = lax.axis_index("wg")
         ring = _Ring(full, free)
@@ -274,6 +276,8 @@ def multiply_rows(
                 return 2.0 * jnp.sqrt(activated)
 
             def store(acc, step):
+                if scales is not None:
+                    acc = acc * scales[jnp.minimum(group[tile], groups - 1)]
                 if activation == "relu2":
                     acc = jnp.square(jnp.maximum(acc, 0.0))
                 for c in range(0, acc.shape[1], 64):
@@ -292,8 +296,8 @@ def multiply_rows(
 
     right = swizzled(STAGES, *((columns, STEP) if transposed else (STEP, columns)))
     out = jax.ShapeDtypeStruct((rows, outputs), lhs.dtype)
-    slopes = () if slope_at is None else (slope_at,)
-    return _launch(body, out, [right, *_BARRIERS], interpret, *tiles[:4], lhs, rhs_EKN, *slopes)
+    more = [z for z in (scale, slope_at) if z is not None]
+    return _launch(body, out, [right, *_BARRIERS], interpret, *tiles[:4], lhs, rhs_EKN, *more)
 
 
 def _any_row(count, rows, columns, interpret):
@@ -332,12 +336,13 @@ def outer_products(
     columns: int,
     *,
     dtype: DTypeLike = jnp.bfloat16,
+    scale: jax.Array | None = None,
     interpret: Interpret = None,
 ) -> jax.Array:
     """lhs [M, K], d_out [M, N] -> [E, K, N]: per group lhs^T d_out, zero for empty groups.
 
-    dtype: of the result, bfloat16 or float32. M is a multiple of 8, K and N of 64. Rows past the last group may hold
-    anything.
+    dtype: of the result, bfloat16 or float32; before it is rounded, scale, float32 [E], multiplies its group. M is a
+    multiple of 8, K and N of 64. Rows past the last group may hold anything.
     """
     inputs, outputs = lhs.shape[1], d_out.shape[1]
     groups = tiles.starts.shape[0] - 1
@@ -345,7 +350,9 @@ def outer_products(
     per_group = pl.cdiv(inputs, TILE_ROWS) * column_tiles
     width = 128 // jnp.dtype(dtype).itemsize  # columns of a block that is stored: those of a swizzle atom
 
-    def body(starts, lhs_hbm, d_out_hbm, out_hbm, lhs_smem, d_out_smem, out_smem, full, free, masked):
+    def body(starts, lhs_hbm, d_out_hbm, *rest):
+        scales, rest = (rest[0], rest[1:]) if scale is not None else (None, rest)
+        out_hbm, lhs_smem, d_out_smem, out_smem, full, free, masked = rest
         warpgroup = lax.axis_index("wg")
         ring = _Ring(full, free)
         my_tiles, tile_of = _my_share(jnp.int32(groups * per_group))
@@ -403,6 +410,8 @@ def outer_products(
                 plgpu.wgmma(acc, left.transpose((1, 0)), right.at[:, pl.ds(0, acc.shape[1])])
 
             def store(acc, _):
+                if scales is not None:
+                    acc = acc * scales[group]
                 for c in range(0, acc.shape[1], width):
                     buffer = _next_buffer(c // width, columns)
 
@@ -428,7 +437,7 @@ def outer_products(
         plgpu.Barrier(num_arrivals=2),
     ]
     out = jax.ShapeDtypeStruct((groups, inputs, outputs), dtype)
-    return _launch(body, out, scratch, interpret, tiles.starts, lhs, d_out)
+    return _launch(body, out, scratch, interpret, tiles.starts, lhs, d_out, *([] if scale is None else [scale]))
 
 
 def _keep_rows(ref, low, high):

@@ -50,20 +50,24 @@ def kernel_call(
     interpret: Interpret,
     approx_math: bool = False,
     auto_barriers: bool = True,
+    lanes: bool = False,
     **kwargs: Any,
 ) -> Callable[..., Any]:
     """`plgpu.kernel` of `warpgroups` named "wg", with Warpgroup semantics; `kwargs` as there.
 
     auto_barriers: a barrier of the warpgroup around each store; not needed where no memory is both read and written.
+    lanes: Lane semantics, for a kernel that states the layout of all that it loads: inferring layouts takes time that
+    grows with the square of the operations, seconds for a thousand.
     """
     if interpret is not None:
         kwargs["interpret"] = interpret
+    semantics = plgpu.LoweringSemantics
     return plgpu.kernel(
         body,
         num_threads=warpgroups,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            lowering_semantics=semantics.Lane if lanes else semantics.Warpgroup,
             approx_math=approx_math,
             unsafe_no_auto_barriers=not auto_barriers,
         ),

@@ -144,7 +144,9 @@ def quantize_nvfp4(
     return NVFP4(pack(codes.reshape(x.shape)), floats.as_e4m3(scales), amax, bound)
 
 
-def nvfp4_codes(x: Array, amax: Array, *, axis: int, bits: Array | None = None) -> tuple[Array, Array]:
+def nvfp4_codes(
+    x: Array, amax: Array, *, axis: int, bits: Array | None = None, largest: Array | None = None
+) -> tuple[Array, Array]:
     """What `quantize_nvfp4` rounds to, not packed and with blocks along any axis.
 
     Packed codes would be written and read again where code * scale is wanted, and blocks that do not lie along the
@@ -154,13 +156,16 @@ def nvfp4_codes(x: Array, amax: Array, *, axis: int, bits: Array | None = None) 
       x: a block is the elements along ``axis``, which has 16.
       amax: float32, to broadcast against x with that axis of size 1.
       bits: uint8 like x, for stochastic rounding; None: to nearest.
+      largest: float32, to broadcast likewise: max |x| of each block, where that is known, or where blocks have more
+        axes; the scales are then of its shape.
 
     Returns:
       codes 0..15, uint8 like x; and the e4m3 codes of the blocks' scales, uint8, with that axis of size 1.
     """
     x = x.astype(jnp.float32)
     encode = _encode_scale(amax, E2M1_MAX * 448)
-    largest = floats.absolute_max(x, axis=axis, keepdims=True)
+    if largest is None:
+        largest = floats.absolute_max(x, axis=axis, keepdims=True)
     scales = floats.e4m3_code(jnp.minimum(floats.product(largest, encode * jnp.float32(1 / 6)), 448.0))
     scaled = floats.product(x, _block_encode(scales, encode))
     return e2m1_nearest_code(scaled) if bits is None else _stochastic_code(scaled, bits), scales

@@ -109,7 +109,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
             if stochastic:
                 along = functools.partial(iota, (together, BLOCK, b_blocks, 1))
                 token = (tile_a + i * together + along(0)) * BLOCK + along(1)
-                draw = row_bytes(numbers_g[4], token, tile_b + along(2))
+                draw = row_bytes(bits_of_rows(numbers_g[4], token), tile_b + along(2))
             words = [load_words(x_s.at[here, :, :, pl.ds(j, 1)], (together, BLOCK, b_blocks, 1)) for j in range(8)]
             parts = [half for word in words for half in halves(word)]
             scale, packed = _quantized(parts, numbers_g[0], numbers_g[1], draw, interpret)
@@ -129,7 +129,8 @@ def _kernel(m, n, hadamard, stochastic, interpret):
             bytes_of = None
             if stochastic:
                 along = functools.partial(iota, shape)
-                bytes_of = column_bytes(numbers_g[5], tile_a + a + along(2), tile_b + b + along(0), along(1))
+                of_tokens = bits_of_blocks(numbers_g[5], tile_a + a + along(2))
+                bytes_of = column_bytes(of_tokens, tile_b + b + along(0), along(1))
             for parity in range(2):
                 parts = [halves(word)[parity] for word in words]
                 parts = transformed(parts) if hadamard else parts
@@ -159,6 +160,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
         warpgroups=1,
         interpret=interpret,
         auto_barriers=False,
+        lanes=True,
         out_type=[of_codes, of_scales, of_columns, of_columns_scales],
         grid=(blocks_m // A, blocks_n // b_blocks),
         grid_names=("a", "b"),
@@ -208,21 +210,29 @@ def halves(word: Any) -> tuple[Any, Any]:
     return lax.bitcast_convert_type(low, jnp.float32), lax.bitcast_convert_type(high, jnp.float32)
 
 
-def row_bytes(stream: Any, token: Any, block: Any) -> list[Any]:
-    """What `random_bytes` gives for 16 columns; ``token``, ``block``: int32, place of the row and of the 16 columns."""
-    of_token = token_bits(lax.broadcast(stream, token.shape), token.astype(jnp.uint32))
+def row_bytes(of_token: Any, block: Any) -> list[Any]:
+    """What `random_bytes` gives for 16 columns; ``of_token``: `token_bits` of the row; ``block``: int32, which 16."""
     first = (block * 4).astype(jnp.uint32)
     words = [word_bits(of_token, first + jnp.uint32(word)) for word in range(4)]
     return [(words[j // 4] >> jnp.uint32(8 * (j % 4))) & jnp.uint32(255) for j in range(BLOCK)]
 
 
-def column_bytes(stream: Any, block_of_rows: Any, block: Any, pair: Any) -> Callable[[int], list[Any]]:
+def column_bytes(of_tokens: list[Any], block: Any, pair: Any) -> Callable[[int], list[Any]]:
     """The same for 16 rows of a pair of columns, of the 8 in a block: a function of which of the two."""
     word = (block * 4 + (pair >> 1)).astype(jnp.uint32)
-    token = (block_of_rows * BLOCK).astype(jnp.uint32)
-    stream, low = lax.broadcast(stream, token.shape), ((pair & 1) * 16).astype(jnp.uint32)
-    words = [word_bits(token_bits(stream, token + jnp.uint32(row)), word) >> low for row in range(BLOCK)]
+    low = ((pair & 1) * 16).astype(jnp.uint32)
+    words = [word_bits(of_token, word) >> low for of_token in of_tokens]
     return lambda parity: [(each >> jnp.uint32(8 * parity)) & jnp.uint32(255) for each in words]
+
+
+def bits_of_rows(stream: Any, row: Any) -> Any:
+    """`token_bits` where a token is a row, int32."""
+    return token_bits(lax.broadcast(stream, row.shape), row.astype(jnp.uint32))
+
+
+def bits_of_blocks(stream: Any, block_of_rows: Any) -> list[Any]:
+    """The same of each of the 16 rows of a block, int32."""
+    return [bits_of_rows(stream, block_of_rows * BLOCK + row) for row in range(BLOCK)]
 
 
 def transformed(parts: list[Any]) -> list[Any]:

@@ -8,6 +8,7 @@ Shapes: M rows, N columns of x; a tile has A blocks of 16 rows and B blocks of 1
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from pallas_kernels.mosaic import Interpret, kernel_call
 from pallas_kernels.nvfp4 import BLOCK, e2m1_value
 from pallas_kernels.quantize_mosaic import (
     THREADS,
+    bits_of_blocks,
+    bits_of_rows,
     block_numbers,
     column_bytes,
     halves,
@@ -112,6 +115,7 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
         warpgroups=1,
         interpret=interpret,
         auto_barriers=False,
+        lanes=True,
         out_type=[z for i in range(2) if wanted[i] for z in (values, of_scales[i])],
         grid=(blocks_m // A, blocks_n // B),
         grid_names=("a", "b"),
@@ -121,38 +125,72 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
 
 def _rows(numbers_g, x_s, rows_s, scales_g, tile_a, tile_b, stochastic, interpret, a):
     """Blocks of 16 columns of the rows of some blocks of rows, from the a-th of the tile on."""
-    here = pl.ds(a, OF_ROWS[0])
-    words = [load_words(x_s.at[here, :, :, pl.ds(j, 1)], OF_ROWS) for j in range(8)]
     draw = None
     if stochastic:
         along = functools.partial(iota, OF_ROWS)
-        draw = row_bytes(numbers_g[4], (tile_a + a + along(0)) * BLOCK + along(1), tile_b + along(2))
-    parts = [half for word in words for half in halves(word)]
-    scale, operands = _operands(parts, numbers_g[0], numbers_g[1], draw, interpret)
-    for j in range(8):
-        rows_s.at[here, :, :, pl.ds(j, 1)][...] = _pair(operands[2 * j], operands[2 * j + 1])
+        of_token = bits_of_rows(numbers_g[4], (tile_a + a + along(0)) * BLOCK + along(1))
+        draw = row_bytes(of_token, tile_b + along(2))
+    scale = round_rows(x_s, rows_s, a, numbers_g[0], numbers_g[1], draw, interpret)
     scales_g.at[pl.ds(tile_a + a, OF_ROWS[0]), :, pl.ds(tile_b, B), :][...] = scale.astype(jnp.uint8)
 
 
 def _columns(numbers_g, x_s, scales_g, tile_a, tile_b, hadamard, stochastic, interpret, a):
     """Blocks of 16 rows, from the a-th of the tile on, of all columns; in place."""
-    here = pl.ds(a, OF_COLUMNS[0])
-    words = [load_words(x_s.at[here, pl.ds(row, 1), :, :], OF_COLUMNS) for row in range(BLOCK)]
     bytes_of = None
     if stochastic:
         along = functools.partial(iota, OF_COLUMNS)
-        bytes_of = column_bytes(numbers_g[5], tile_a + a + along(0), tile_b + along(2), along(3))
-    made = []
+        of_tokens = bits_of_blocks(numbers_g[5], tile_a + a + along(0))
+        bytes_of = column_bytes(of_tokens, tile_b + along(2), along(3))
+    words = words_of_columns(x_s, a)
+    scales = round_columns(words, x_s, a, numbers_g[2], numbers_g[3], bytes_of, hadamard, interpret)
+    for parity, scale in enumerate(scales):
+        there = scales_g.at[pl.ds(tile_a + a, OF_COLUMNS[0]), :, pl.ds(tile_b, B), :, parity]
+        there[...] = scale.astype(jnp.uint8)
+
+
+def round_rows(
+    x_s: Any, rows_s: Any, a: Any, sixth: Any, decode: Any, draw: list[Any] | None, interpret: Interpret
+) -> Any:
+    """Tile x_s [A, 16, B, 8], from its a-th block of rows on -> the same of rows_s; e4m3 codes uint32 of the scales.
+
+    The other arguments are those of `quantize_mosaic.rounded`; arrays are as OF_ROWS.
+    """
+    here = pl.ds(a, OF_ROWS[0])
+    words = [load_words(x_s.at[here, :, :, pl.ds(j, 1)], OF_ROWS) for j in range(8)]
+    parts = [half for word in words for half in halves(word)]
+    scale, operands = _operands(parts, sixth, decode, draw, interpret)
+    for j in range(8):
+        rows_s.at[here, :, :, pl.ds(j, 1)][...] = _pair(operands[2 * j], operands[2 * j + 1])
+    return scale
+
+
+def words_of_columns(x_s: Any, a: Any) -> list[Any]:
+    """The 16 rows of blocks of a tile [A, 16, B, 8], from its a-th block on: each as OF_COLUMNS."""
+    here = pl.ds(a, OF_COLUMNS[0])
+    return [load_words(x_s.at[here, pl.ds(row, 1), :, :], OF_COLUMNS) for row in range(BLOCK)]
+
+
+def round_columns(
+    words: list[Any],
+    to_s: Any,
+    a: Any,
+    sixth: Any,
+    decode: Any,
+    bytes_of: Callable[[int], list[Any]] | None,
+    hadamard: bool,
+    interpret: Interpret,
+) -> list[Any]:
+    """`words_of_columns` -> the same place of to_s; codes of the scales of even and of odd columns."""
+    scales, made = [], []
     for parity in range(2):
         parts = [halves(word)[parity] for word in words]
         parts = transformed(parts) if hadamard else parts
-        draw = bytes_of(parity) if bytes_of else None
-        scale, operands = _operands(parts, numbers_g[2], numbers_g[3], draw, interpret)
-        there = scales_g.at[pl.ds(tile_a + a, OF_COLUMNS[0]), :, pl.ds(tile_b, B), :, parity]
-        there[...] = scale.astype(jnp.uint8)
+        scale, operands = _operands(parts, sixth, decode, bytes_of(parity) if bytes_of else None, interpret)
+        scales.append(scale)
         made.append(operands)
     for row, pair in enumerate(zip(*made, strict=True)):
-        x_s.at[here, pl.ds(row, 1), :, :][...] = _pair(*pair)
+        to_s.at[pl.ds(a, OF_COLUMNS[0]), pl.ds(row, 1), :, :][...] = _pair(*pair)
+    return scales
 
 
 def _operands(parts, sixth, decode, draw, interpret):

@@ -30,6 +30,7 @@ _block_scaled = importlib.import_module("pallas_kernels.block_scaled_matmul")
 _nvfp4_matmul = importlib.import_module("pallas_kernels.nvfp4_matmul")
 _permute = importlib.import_module("pallas_kernels.permute")
 _quantize = importlib.import_module("pallas_kernels.quantize")
+_expert_operands = importlib.import_module("pallas_kernels.quantize_expert_operands")
 _operands = importlib.import_module("pallas_kernels.quantize_operands")
 
 
@@ -116,6 +117,30 @@ def _quantized_operands(x_bits, amax, amax_columns, *, hadamard, seed=None, impl
     x = jax.lax.bitcast_convert_type(x_bits, jnp.bfloat16)
     both = _operands.quantize_operands(x, amax, amax_columns, hadamard=hadamard, seed=seed, impl=impl)
     return tuple(bits for one in both for bits in (jax.lax.bitcast_convert_type(one[0], jnp.uint16), one[1]))
+
+
+def _quantized_expert_operands(
+    x_bits, group_sizes, amax, amax_columns, *, hadamard, seed=None, entries=None, impl=None
+):
+    """As integers, like `_quantized`; the maxima too, since the kernels make them. What belongs to no expert is 0."""
+    x = jax.lax.bitcast_convert_type(x_bits, jnp.bfloat16)
+    settings = {"hadamard": hadamard, "impl": impl}
+    made = _expert_operands.quantize_expert_operands(
+        x, group_sizes, amax, amax_columns, **settings, seed=seed, entries=entries
+    )
+    ends = (group_sizes.sum(), (-(-group_sizes // 16) * 16).sum())
+    bits = [
+        jnp.where(jnp.arange(len(z))[:, None] < end, jax.lax.bitcast_convert_type(z, jnp.uint16), 0)
+        for z, end in zip(made, ends, strict=True)
+    ]
+    maxima = _expert_operands.expert_maxima(x, group_sizes, **settings)
+    return (*bits, *map(floats.bits_of, maxima))
+
+
+def _quantize_expert_inputs(case, seed, dtype):
+    del dtype
+    (x, *rest), settings = _expert_operands.example_inputs(case, seed, jnp.bfloat16)
+    return (jax.lax.bitcast_convert_type(x, jnp.uint16), *rest), settings
 
 
 def _quantize_inputs(case, seed, dtype):
@@ -209,6 +234,15 @@ SUITE = {
         _operands.BENCHMARKS,
         _quantize_inputs,
         _operands.cost,
+        float32=("amax", "amax_columns"),
+        backward=False,
+    ),
+    "quantize_expert_operands": Op(
+        _quantized_expert_operands,
+        _expert_operands.CASES,
+        _expert_operands.BENCHMARKS,
+        _quantize_expert_inputs,
+        _expert_operands.cost,
         float32=("amax", "amax_columns"),
         backward=False,
     ),

@@ -110,6 +110,9 @@ class Experts(nnx.Module):
         up_probe, down_probe = (ctx.of(f"experts/{name}")[1] for name in ("up_proj", "down_proj"))
         if up_probe is not None and down_probe is not None:  # their gradients are summed as those of weights are
             weights, axes = (*weights, up_probe, down_probe), (*axes, (None, None), (None, None))
+        dtype = jnp.dtype(self.precision.operands)
+        if self.precision.format and not isinstance(weights[0], Packed):
+            dtype = weights[0].dtype  # masters are rounded once
         return routed(
             functools.partial(_apply, self.precision, self.num_experts, self.width),
             u_BTL,
@@ -118,7 +121,7 @@ class Experts(nnx.Module):
             weights,
             axes,
             self.num_experts,
-            "float32" if self.precision.format else self.precision.operands,  # masters are rounded once
+            dtype,
             # Experts that draw no random bits need not know which token a row is.
             ctx.of("experts")[0] if self.precision.draws else None,
         )

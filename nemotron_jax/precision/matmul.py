@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nemotron_jax.precision.quantized import quantized_expert_matmul, quantized_matmul
+from nemotron_jax.precision.quantized import quantized_matmul
+from nemotron_jax.precision.quantized_experts import quantized_expert_matmul
 from nemotron_jax.precision.recipe import Precision
 from pallas_kernels import block_scaled_matmul, grouped_matmul
-from pallas_kernels.grouped_matmul import ACTIVATIONS
 from pallas_kernels.packed import Packed
 
 
@@ -66,8 +66,7 @@ def expert_matmul(
       [m, n] in the precision's operand dtype; of a quantised precision in x's.
     """
     if precision.format and not isinstance(w, Packed):
-        product = quantized_expert_matmul(x, w, group_sizes, precision, seed, entry_M, probe)
-        return ACTIVATIONS[activation](product).astype(x.dtype)
+        return quantized_expert_matmul(x, w, group_sizes, precision, seed, entry_M, probe, activation=activation)
     dtype = jnp.dtype(precision.operands)
     w = w if isinstance(w, Packed) else w.astype(dtype)
     return grouped_matmul(x.astype(dtype), w, group_sizes, activation=activation)

@@ -10,20 +10,17 @@ Source: NVIDIA TransformerEngine, common/recipe and pytorch/quantization.py (NVF
 RHT is the Hadamard transform of every 16 tokens; it cancels in the product. Operands are code * block scale, which are
 exact in bfloat16; the scales of the tensors are applied to the float32 result. On one Hopper GPU a kernel makes those
 of x and dy (pallas_kernels/quantize_operands.py), the two of dy in one pass. On Blackwell the tensor cores take the
-codes and block scales themselves (pallas_kernels/nvfp4_matmul.py); the experts' products are emulated there too.
+codes and block scales themselves (pallas_kernels/nvfp4_matmul.py).
 
 MXFP8 and FP8 round the same operands to nearest: 32 elements of the summed axis share a power of two, or a tensor one
 scale.
 
-The routed experts are tensors of their own: each has its amax, and blocks of tokens do not cross from one to the
-next, since groups are padded to whole blocks. On a mesh an amax is that of the tensor on all devices, and blocks of
-tokens hold those of one device; rows that arrive in a further round (parallel/experts.py) are a tensor of their own.
+The routed experts are precision/quantized_experts.py. On a mesh an amax is that of the tensor on all devices.
 
 Random bits are a hash of the seed (of step, microbatch, layer and weight), of which product they are for, and of the
-token's place in the global batch (of an expert's row: of its token and slot), wherever it is computed: a resumed run
-draws the same.
+token's place in the global batch, wherever it is computed: a resumed run draws the same.
 
-Shapes: M tokens or rows, K inputs, N outputs, E experts, S tokens of a block (16, or 32 for MXFP8).
+Shapes: M tokens or rows, K inputs, N outputs, E experts, B blocks of S tokens (16, or 32 for MXFP8).
 """
 
 from __future__ import annotations
@@ -37,9 +34,11 @@ from jax import Array, lax
 
 from nemotron_jax.precision.formats import NVFP4, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
-from pallas_kernels import floats, grouped_matmul, nvfp4_matmul, quantize_operands
+from pallas_kernels import floats, nvfp4_matmul, quantize_operands
 from pallas_kernels.nvfp4 import e2m1_value, global_scale, hadamard16_of, nvfp4_codes, pack
 from pallas_kernels.nvfp4_matmul import implementation as product_by
+from pallas_kernels.nvfp4_tiles import tile_maxima, tile_operand
+from pallas_kernels.quantize_expert_operands import expert_maxima
 from pallas_kernels.quantize_operands import implementation as operands_by
 from pallas_kernels.random_bits import DGRAD, WGRAD, random_bytes
 
@@ -72,7 +71,7 @@ class Operand(NamedTuple):
     coded: NVFP4 | None = None
 
 
-def _operand(z: Array, values: Array, scale: Array, limit: Array) -> Operand:
+def counted_operand(z: Array, values: Array, scale: Array, limit: Array) -> Operand:
     """``limit``: the largest of the values that each block of z has; a block of 16 or 32 elements, or all."""
     z = z.astype(jnp.float32)
     limit = jnp.repeat(limit, z.shape[-1] // limit.shape[-1], axis=-1) if limit.ndim else limit
@@ -98,7 +97,7 @@ def _forward(x_MK: Array, w_KN: Array, precision: Precision) -> tuple[Array, Arr
     """The product, and COUNTS of x and w."""
     with jax.named_scope("fprop"):
         x = _together(x_MK, precision, None, rows=True)[0] or quantize_rows(x_MK, precision)
-        w = _weight(w_KN.T, precision)
+        w = quantize_weight(w_KN.T, precision)
     return _product(x, w, 1, precision).astype(x_MK.dtype), jnp.stack([x.counts, w.counts])
 
 
@@ -115,23 +114,23 @@ def _matmul_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> t
     _, x_tokens = _together(x_MK, precision, None, tokens=True)
     with jax.named_scope("dgrad"):
         if dy is None:
-            bits = _bits(precision, seed, DGRAD, _places(dy_MN), dy_MN.shape[1])
+            bits = bits_of(precision, seed, DGRAD, _places(dy_MN), dy_MN.shape[1])
             dy = quantize_rows(dy_MN, precision, bits)
-        w = _weight(w_KN, precision)
+        w = quantize_weight(w_KN, precision)
     dx = _product(dy, w, 1, precision)
-    padding = ((0, -len(x_MK) % _block(precision)), (0, 0))
+    padding = ((0, -len(x_MK) % block_size(precision)), (0, 0))
     with jax.named_scope("wgrad"):
         x_tokens = x_tokens or quantize_tokens(jnp.pad(x_MK, padding), precision)
         if dy_tokens is None:
             dy_MN = jnp.pad(dy_MN, padding)
-            bits = _bits(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1])
+            bits = bits_of(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1])
             dy_tokens = quantize_tokens(dy_MN, precision, bits)
     dw = _product(x_tokens, dy_tokens, 0, precision)
     counts = [dy.counts, x_tokens.counts, dy_tokens.counts]
-    return dx.astype(x_MK.dtype), dw.astype(w_KN.dtype), None, _of_probe(forward, counts)
+    return dx.astype(x_MK.dtype), dw.astype(w_KN.dtype), None, of_probe(forward, counts)
 
 
-def _of_probe(forward: Array | None, backward: list[Array]) -> Array | None:
+def of_probe(forward: Array | None, backward: list[Array]) -> Array | None:
     """The gradient of a probe, where there is one."""
     return None if forward is None else jnp.concatenate([forward, jnp.stack(backward)])
 
@@ -149,17 +148,23 @@ def _product(a: Operand, b: Operand, axis: int, precision: Precision) -> Array:
     return product * (a.scale * b.scale)
 
 
-def _block(precision: Precision) -> int:
+def block_size(precision: Precision) -> int:
     return max(16, MULTIPLES[precision.format])
 
 
 @jax.named_scope("weight")
-def _weight(w_NK: Array, precision: Precision, amax: Array | None = None) -> Operand:
+def quantize_weight(w_NK: Array, precision: Precision, amax: Array | None = None) -> Operand:
     """Quantised along its last axis; ``amax`` float32 []; None: of what is here."""
     if precision.format == "nvfp4":
         coded = quantize_nvfp4(w_NK, block=precision.weight_block, amax=amax)
-        limit = 6 * floats.e4m3_value(floats.e4m3_bits(coded.scales))
-        operand = _operand(w_NK, coded.operand(precision.operands), coded.global_scale(), limit)
+        if precision.weight_block == "16x16":
+            maxima = tile_maxima(w_NK)
+            amax = maxima.max() if amax is None else amax
+            values, steps = tile_operand(w_NK, maxima, amax, precision.operands)
+            operand = counted_operand(w_NK, values, global_scale(amax), 6 * jnp.repeat(steps, 16, axis=0))
+        else:
+            limit = 6 * floats.e4m3_value(floats.e4m3_bits(coded.scales))
+            operand = counted_operand(w_NK, coded.operand(precision.operands), coded.global_scale(), limit)
         return operand._replace(coded=coded)
     return quantize_rows(w_NK, precision, amax=amax)
 
@@ -169,7 +174,7 @@ def _blocks(z: Array, amax: Array, axis: int, bits: Array | None, precision: Pre
     codes, scales = nvfp4_codes(z, amax, axis=axis, bits=bits)
     steps = floats.e4m3_value(scales)
     values = (e2m1_value(codes) * steps).astype(precision.operands)
-    return _operand(z, values, global_scale(amax), 6 * steps), codes, scales
+    return counted_operand(z, values, global_scale(amax), 6 * steps), codes, scales
 
 
 def _together(
@@ -183,28 +188,33 @@ def _together(
     if not by_kernel or operands_by(z_MK) == "reference":
         return None, None
     with jax.named_scope("quantize"):
-        turned = _turned(z_MK, precision) if tokens else None
-        amax_rows = floats.absolute_max(z_MK) if rows else None
-        amax_tokens = None if turned is None else floats.absolute_max(turned)
+        amax_rows = amax_tokens = None
+        if tokens:  # one pass over z for both
+            maxima = expert_maxima(z_MK, jnp.array([len(z_MK)], jnp.int32), hadamard=precision.hadamard)
+            amax_rows, amax_tokens = (amax[0] for amax in maxima)
+        elif rows:  # which XLA can make with z
+            amax_rows = floats.absolute_max(z_MK)
+        amax_rows = amax_rows if rows else None
         seed = seed if precision.draws else None
         made = quantize_operands(z_MK, amax_rows, amax_tokens, hadamard=precision.hadamard, seed=seed)
+    z_BSK = turned(z_MK, precision) if tokens else None
     found: list[Operand | None] = []
-    for part, amax, z in zip(made, (amax_rows, amax_tokens), (z_MK, turned), strict=True):
+    for part, amax, z in zip(made, (amax_rows, amax_tokens), (z_MK, z_BSK), strict=True):
         if part is None or amax is None or z is None:
             found.append(None)
             continue
         values, scales = part
         limit = 6 * floats.e4m3_value(scales)
-        if z is turned:  # [B, S, K]
+        if z is z_BSK:  # [B, S, K]
             limit = limit[:, None]
-        operand = _operand(z, values.reshape(z.shape), global_scale(amax), limit)
+        operand = counted_operand(z, values.reshape(z.shape), global_scale(amax), limit)
         found.append(operand._replace(values=values))
     return found[0], found[1]
 
 
-def _turned(z_MK: Array, precision: Precision) -> Array:
+def turned(z_MK: Array, precision: Precision) -> Array:
     """[B, S, K]: blocks of tokens, transformed where the recipe says so."""
-    z_BSK = z_MK.reshape(-1, _block(precision), z_MK.shape[1])
+    z_BSK = z_MK.reshape(-1, block_size(precision), z_MK.shape[1])
     if precision.format == "nvfp4" and precision.hadamard:
         z_BSK = hadamard16_of([z_BSK[:, i] for i in range(z_BSK.shape[1])], axis=1)
     return z_BSK
@@ -229,14 +239,14 @@ def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, 
     if precision.format == "mxfp8":
         mx = quantize_mxfp8(z_MK)
         limit = 448 * floats.float_of(mx.scales.astype(jnp.uint32) << 23)
-        return _operand(z_MK, mx.dequantize(dtype), jnp.float32(1), limit)
+        return counted_operand(z_MK, mx.dequantize(dtype), jnp.float32(1), limit)
     if amax is not None and amax.ndim:
         each = jax.vmap(lambda row, amax: quantize_fp8(row, amax=amax[0]))(z_MK, amax)
         values = floats.e4m3_value(floats.e4m3_bits(each.codes)).astype(dtype)
-        return _operand(z_MK, values, each.scale[:, None], jnp.float32(448))
+        return counted_operand(z_MK, values, each.scale[:, None], jnp.float32(448))
     one = quantize_fp8(z_MK, amax=amax)
     values = floats.e4m3_value(floats.e4m3_bits(one.codes)).astype(dtype)
-    return _operand(z_MK, values, one.scale, jnp.float32(448))
+    return counted_operand(z_MK, values, one.scale, jnp.float32(448))
 
 
 @jax.named_scope("tokens")
@@ -254,13 +264,13 @@ def quantize_tokens(
       block_expert: int32 [M / S], the expert of each block, for an amax (and scale [E]) of each; None: one tensor.
       over: mesh axes over which devices hold other parts of the experts' tensors.
     """
-    size, z_BSK = _block(precision), _turned(z_MK, precision)
+    size, z_BSK = block_size(precision), turned(z_MK, precision)
     if block_expert is None:
         amax = floats.absolute_max(z_BSK)
         amax_B = amax[None]
     else:
         amax_E = jnp.zeros(experts, jnp.float32)
-        amax_E = _of_all(amax_E.at[block_expert].max(floats.absolute_max(z_BSK, axis=(1, 2)), mode="drop"), over)
+        amax_E = of_all(amax_E.at[block_expert].max(floats.absolute_max(z_BSK, axis=(1, 2)), mode="drop"), over)
         amax_B = amax_E[jnp.minimum(block_expert, experts - 1)]
     if precision.format == "nvfp4":
         bits = None if bits is None else bits.reshape(z_BSK.shape)
@@ -278,146 +288,20 @@ def quantize_tokens(
     else:
         amax = jnp.broadcast_to(amax_B[:, None], z_BKS.shape[:2]).reshape(-1, 1)
         operand = quantize_rows(rows, precision, None, amax)
-        scale = _scale_of(amax_E, precision)
+        scale = scale_of(amax_E, precision)
     values = jnp.swapaxes(operand.values.reshape(z_BKS.shape), 1, 2).reshape(z_MK.shape)
     return Operand(values, scale, operand.counts)
 
 
-def _of_all(amax_E: Array, over: tuple[str, ...]) -> Array:
+def of_all(amax_E: Array, over: tuple[str, ...]) -> Array:
+    """The maxima of the devices along mesh axes."""
     return lax.pmax(amax_E, over) if over else amax_E
 
 
-def _scale_of(amax_E: Array, precision: Precision) -> Array:
+def scale_of(amax_E: Array, precision: Precision) -> Array:
     """The global scales that go with some amax."""
     nothing = jnp.zeros((len(amax_E), 32), jnp.float32)
     return jnp.broadcast_to(quantize_rows(nothing, precision, amax=amax_E[:, None]).scale, (len(amax_E), 1))[:, 0]
-
-
-def quantized_expert_matmul(
-    x_MK: Array,
-    w_EKN: Array,
-    group_sizes: Array,
-    precision: Precision,
-    seed: Array | None,
-    entry_M: Array | None = None,
-    probe: Array | None = None,
-) -> Array:
-    """Each group of rows times its expert's weight -> float32 [M, N]; gradients in the dtypes of x and w.
-
-    ``entry_M``: uint32 [M], which (token, slot) of the batch each row is; None: its place.
-    """
-    seed = jnp.uint32(0) if seed is None else seed
-    entry_M = jnp.arange(len(x_MK), dtype=jnp.uint32) if entry_M is None else entry_M
-    return _experts(x_MK, w_EKN, group_sizes, seed, entry_M, probe, precision)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _experts(
-    x_MK: Array,
-    w_EKN: Array,
-    group_sizes: Array,
-    seed: Array,
-    entry_M: Array,
-    probe: Array | None,
-    precision: Precision,
-) -> Array:
-    return _experts_forward(x_MK, w_EKN, group_sizes, precision)[0]
-
-
-def _experts_forward(x_MK: Array, w_EKN: Array, group_sizes: Array, precision: Precision) -> tuple[Array, Array]:
-    with jax.named_scope("fprop"):
-        w = _expert_weights(jnp.swapaxes(w_EKN, 1, 2), precision)
-        y, x_counts = _grouped(x_MK, w, group_sizes, precision, over=precision.cut.rows + precision.cut.inputs)
-    return y, jnp.stack([x_counts, w.counts])
-
-
-def _experts_fwd(
-    x: Array,
-    w: Array,
-    group_sizes: Array,
-    seed: Array,
-    entry_M: Array,
-    probe: Array | None,
-    precision: Precision,
-) -> tuple[Array, tuple[Any, ...]]:
-    y, counts = _experts_forward(x, w, group_sizes, precision)
-    return y, (x, w, group_sizes, seed, entry_M, None if probe is None else counts)
-
-
-def _experts_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> tuple[Array | None, ...]:
-    x_MK, w_EKN, group_sizes, seed, entry_M, forward = saved
-    experts = len(w_EKN)
-    bits = _bits(precision, seed, DGRAD, entry_M, dy_MN.shape[1])
-    over_x, over_dy = (precision.cut.rows + axes for axes in (precision.cut.inputs, precision.cut.outputs))
-    with jax.named_scope("dgrad"):
-        weights = _expert_weights(w_EKN, precision)
-        dx, dy_counts = _grouped(dy_MN, weights, group_sizes, precision, bits, over=over_dy)
-    place_M, sizes, block_expert, rows = _whole_blocks(group_sizes, len(x_MK), _block(precision))
-
-    def padded(z: Array) -> Array:
-        return jnp.zeros((rows, z.shape[1]), z.dtype).at[place_M].set(z, mode="drop")
-
-    bits = _bits(precision, seed, WGRAD, entry_M, dy_MN.shape[1])
-    bits = None if bits is None else padded(bits)
-    with jax.named_scope("wgrad"):
-        x = quantize_tokens(padded(x_MK), precision, None, block_expert, experts, over_x)
-        dy = quantize_tokens(padded(dy_MN), precision, bits, block_expert, experts, over_dy)
-    zeros = jnp.zeros(w_EKN.shape, precision.operands)
-    _, pull = jax.vjp(lambda w: grouped_matmul(x.values, w, sizes), zeros)
-    dw = pull(dy.values)[0].astype(jnp.float32) * (x.scale * dy.scale)[:, None, None]
-    probe = _of_probe(forward, [dy_counts, x.counts, dy.counts])
-    return dx.astype(x_MK.dtype), dw.astype(w_EKN.dtype), None, None, None, probe
-
-
-_experts.defvjp(_experts_fwd, _experts_bwd)
-
-
-def _expert_weights(w_ENK: Array, precision: Precision) -> Operand:
-    """Each expert quantised along its last axis: values [E, N, K], scale [E]."""
-    amax_E = _of_all(floats.absolute_max(w_ENK, axis=(1, 2)), precision.cut.inputs + precision.cut.outputs)
-    each = jax.vmap(lambda w, amax: _weight(w, precision, amax))(w_ENK, amax_E)
-    return Operand(each.values, each.scale, each.counts.sum(0))
-
-
-def _grouped(
-    z_MK: Array,
-    w: Operand,
-    group_sizes: Array,
-    precision: Precision,
-    bits: Array | None = None,
-    *,
-    over: tuple[str, ...],
-) -> tuple[Array, Array]:
-    """Rows z, quantised along K with an amax of each expert, times w [E, N, K] -> float32 [M, N]; COUNTS of z.
-
-    ``over``: mesh axes over which devices hold other parts of z.
-    """
-    ends = jnp.cumsum(group_sizes)
-    expert_M = jnp.searchsorted(ends, jnp.arange(len(z_MK)), side="right")  # E past the last group
-    largest_M = floats.absolute_max(z_MK, axis=1)
-    amax_E = _of_all(jnp.zeros(len(group_sizes), jnp.float32).at[expert_M].max(largest_M, mode="drop"), over)
-    last = len(group_sizes) - 1
-    z = quantize_rows(z_MK, precision, bits, amax_E[jnp.minimum(expert_M, last)][:, None])
-    product = grouped_matmul(z.values, jnp.swapaxes(w.values, 1, 2), group_sizes).astype(jnp.float32)
-    return product * (z.scale * w.scale[jnp.minimum(expert_M, last)][:, None]), z.counts
-
-
-def _whole_blocks(group_sizes: Array, rows: int, size: int) -> tuple[Array, Array, Array, int]:
-    """Groups padded to multiples of ``size``.
-
-    Returns:
-      where each row goes, int32 [M] (past the end for rows of no group); the padded sizes [E]; the expert of each
-      block, E where there is none; the number of rows of the padded array, which has room for any group sizes.
-    """
-    experts = len(group_sizes)
-    total = -(-(rows + experts * (size - 1)) // size) * size
-    sizes = -(-group_sizes // size) * size
-    ends, padded_ends = jnp.cumsum(group_sizes), jnp.cumsum(sizes)
-    row = jnp.arange(rows)
-    expert = jnp.searchsorted(ends, row, side="right")
-    shift = jnp.append(padded_ends - sizes - (ends - group_sizes), total)
-    blocks = jnp.searchsorted(padded_ends, jnp.arange(0, total, size), side="right")
-    return row + shift[expert], sizes, blocks, total
 
 
 def _places(z_MK: Array) -> Array:
@@ -425,5 +309,5 @@ def _places(z_MK: Array) -> Array:
     return jnp.arange(len(z_MK), dtype=jnp.uint32)
 
 
-def _bits(precision: Precision, seed: Array, product: int, token_M: Array, columns: int) -> Array | None:
+def bits_of(precision: Precision, seed: Array, product: int, token_M: Array, columns: int) -> Array | None:
     return random_bytes(seed, product, token_M, columns) if precision.draws else None

@@ -24,6 +24,8 @@ SIGNATURES = {
     "nvfp4_matmul": "(a, b, *, impl=None)",
     "quantize": "(x, amax, amax_columns, *, hadamard=False, seed=None, impl=None)",
     "quantize_operands": "(x, amax, amax_columns, *, hadamard=False, seed=None, impl=None)",
+    "quantize_expert_operands": "(x, group_sizes, amax, amax_columns, *, hadamard=False, seed=None, entries=None, "
+    "impl=None)",
     "permute": "(x, expert_ids, num_experts, *, impl=None)",
     "unpermute": "(rows, row_map, weights, *, impl=None)",
 }

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "nvfp4_matmul": ("super_in_proj", "super_in_proj_dw", "super_shared_up"),
     "quantize": ("activation", "activation_no_rht", "gradient"),
     "quantize_operands": ("activation", "gradient"),
+    "quantize_expert_operands": ("nano", "nano_gradient"),
     "permute": ("nano", "super"),
     "unpermute": ("nano", "super"),
 }

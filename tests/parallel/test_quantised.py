@@ -21,7 +21,7 @@ from nemotron_jax.model.layer import Layer
 from nemotron_jax.model.linear import Scope
 from nemotron_jax.parallel.local import per_device
 from nemotron_jax.parallel.mesh import batch_sharding, make_mesh, mesh_axes, shardings
-from nemotron_jax.precision import quantized
+from nemotron_jax.precision import quantized, quantized_experts
 from nemotron_jax.precision.recipe import Cut, Precision, Recipe
 from nemotron_jax.run_config import ParallelConfig
 from tests.tiny import TINY
@@ -98,12 +98,13 @@ def test_scales_are_those_of_whole_tensors(name):
     keys = jax.random.split(jax.random.key(0), 2)
     rows, weights = jax.random.normal(keys[0], (128, 64)), jax.random.normal(keys[1], (experts, 64, 64))
     rows, weights = rows.at[100].mul(30), weights.at[1, 3, 50].mul(30)  # the largest is on one device
-    blocks = jnp.asarray([0, 1, 2, 0] * (128 // quantized._block(precision) // 4), jnp.int32)
+    blocks = jnp.asarray([0, 1, 2, 0] * (128 // quantized.block_size(precision) // 4), jnp.int32)
 
     def of_device(over, inputs, rows, weights, blocks):
         cut = dataclasses.replace(precision, cut=Cut(rows=over, inputs=inputs))
         tokens = quantized.quantize_tokens(rows, precision, None, blocks, experts, over + inputs)
-        w = quantized._expert_weights(weights, cut)
+        tiles = quantized_experts.weight_tiles(weights, cut)
+        w = quantized_experts.expert_weights(weights, cut, tiles)
         return tokens.values, tokens.scale, w.values, w.scale
 
     expected = of_device((), (), rows, weights, blocks)

@@ -1,5 +1,6 @@
 """Quantised matmuls against the oracle of the formats: which operand is rounded how, in all three products."""
 
+import functools
 import importlib
 
 import jax
@@ -13,11 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from nemotron_jax.model.context import Context
 from nemotron_jax.parallel.mesh import make_mesh
+from nemotron_jax.precision import quantized_experts
 from nemotron_jax.precision.matmul import expert_matmul, matmul
 from nemotron_jax.precision.quantized import COUNTS, DGRAD, OPERANDS, WGRAD, new_probe, random_bytes
 from nemotron_jax.precision.recipe import Precision
 from nemotron_jax.run_config import ParallelConfig
-from pallas_kernels import quantize_operands_mosaic
+from pallas_kernels import quantize_expert_operands_mosaic, quantize_operands_mosaic
 from pallas_kernels.dispatch import compiling_for
 from tests.pallas_kernels import nvfp4_oracle as oracle
 
@@ -247,10 +249,17 @@ def test_the_kernel_of_both_operands_changes_no_bit(monkeypatch):
         calls.append([z is not None for z in arguments[1:3]])
         return quantize_operands_mosaic.quantize_operands(*arguments, plgpu.InterpretGPUParams())
 
+    def maxima(*arguments):
+        calls.append("maxima")
+        return quantize_expert_operands_mosaic.expert_maxima(*arguments, plgpu.InterpretGPUParams())
+
     monkeypatch.setitem(module._IMPLEMENTATIONS, "mosaic", interpreted)
+    of_experts = importlib.import_module("pallas_kernels.quantize_expert_operands")
+    monkeypatch.setitem(of_experts._IMPLEMENTATIONS, "mosaic", (None, maxima))
     with compiling_for("sm_90a"):
         got = run()
-    assert calls == [[True, False], [True, True], [False, True]]  # x; dy; x for the weight's gradient
+    # x; dy; x for the weight's gradient
+    assert calls == [[True, False], "maxima", [True, True], "maxima", [False, True]]
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -326,3 +335,47 @@ def test_what_is_not_finite():
         x[2, 3] = bad
         y = matmul(jnp.asarray(x), jnp.asarray(W), Precision("float32", format, stochastic=False))
         assert np.isfinite(y).any() == some_finite
+
+
+def test_the_kernels_of_experts_change_no_bit(monkeypatch):
+    """Interpreted, in place of what runs elsewhere: products, gradients and statistics of all experts."""
+    module = importlib.import_module("pallas_kernels.quantize_expert_operands")
+    normal = np.random.default_rng(1).normal
+    scale = np.repeat(10.0 ** np.arange(3), [5, 0, 40])[:, None]
+    x, w, dy = (
+        jnp.asarray(normal(size=s) * f, jnp.bfloat16)
+        for s, f in (((45, 64), scale), ((3, 64, 64), 1.0), ((45, 64), scale))
+    )
+    sizes, entries = jnp.array([5, 0, 38], jnp.int32), jnp.asarray(np.random.default_rng(2).permutation(45), jnp.uint32)
+    precision = Precision("bfloat16", "nvfp4")
+
+    def run():
+        def gradients(x, w, dy):
+            function = lambda x, w, probe: expert_matmul(  # noqa: E731
+                x, w, sizes, precision, SEED, entries, probe, activation="relu2"
+            )
+            y, pull = jax.vjp(function, x, w, new_probe())
+            return y, *pull(dy)
+
+        return jax.jit(gradients)(x, w, dy)
+
+    want = run()
+    calls = []
+
+    def interpreted(*arguments):
+        calls.append([z is not None for z in arguments[2:4]])
+        return quantize_expert_operands_mosaic.quantize_expert_operands(*arguments, plgpu.InterpretGPUParams())
+
+    def maxima(*arguments):
+        calls.append("maxima")
+        return quantize_expert_operands_mosaic.expert_maxima(*arguments, plgpu.InterpretGPUParams())
+
+    monkeypatch.setitem(module._IMPLEMENTATIONS, "mosaic", (interpreted, maxima))
+    for name in ("multiply_groups", "sum_groups"):
+        function = getattr(quantized_experts, name)
+        monkeypatch.setattr(quantized_experts, name, functools.partial(function, impl="blocked"))
+    with compiling_for("sm_90a"):
+        got = run()
+    assert calls == ["maxima", [True, False], "maxima", [True, True], [False, True]]
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a[:43] if len(a) == 45 else a, b[:43] if len(b) == 45 else b)

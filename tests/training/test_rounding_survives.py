@@ -40,13 +40,15 @@ def found_in_a_step(target="h200"):
     And the calls of cuDNN's scaled matmul.
     """
     config = dataclasses.replace(tiny_run(model=MODEL), precision=PrecisionConfig("nvfp4"))
-    setup = TrainSetup(config, make_mesh(config.parallel, aot.devices(target)))
-    batch = jax.tree.map(
-        lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=batch_sharding(setup.mesh)),
-        random_batch(np.random.default_rng(0)),
-    )
-    with aot.compiling_for(target), jax.set_mesh(setup.mesh):
-        text = make_train_step(setup).lower(setup.abstract_state(), batch).compile().as_text()
+    with aot.compiling_for(target):  # which the recipe asks for the dtype of operands, too
+        setup = TrainSetup(config, make_mesh(config.parallel, aot.devices(target)))
+        batch = jax.tree.map(
+            lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=batch_sharding(setup.mesh)),
+            random_batch(np.random.default_rng(0)),
+        )
+        with jax.set_mesh(setup.mesh):
+            text = make_train_step(setup).lower(setup.abstract_state(), batch).compile().as_text()
+    assert "bf16[" in text  # operands are those of a GPU
     found: dict[tuple[str, str], Counter] = {}
     for kind, operation, name in re.findall(r"= (\w+)\[[^\n]*? ([\w-]+)\([^\n]*op_name=\"([^\"]*)\"", text):
         scope = re.search(r"(fprop|dgrad|wgrad)\b.*?\b(weight|rows|tokens)\b", name)

@@ -1,0 +1,256 @@
+"""The matmuls of the routed experts in a quantised format, and their gradients: precision/quantized.py for groups.
+
+Each expert is a tensor of its own: it has its amax, and blocks of tokens do not cross from one to the next, since
+groups are filled up to whole blocks for the weight's gradient. On a mesh an amax is that of the tensor on all devices,
+and blocks of tokens hold those of one device; rows that arrive in a further round (parallel/experts.py) are a tensor
+of their own. Random bits depend on a row's token and slot in the global batch.
+
+On a Hopper GPU kernels make the NVFP4 operands of x and dy (pallas_kernels/quantize_expert_operands.py), whatever the
+mesh, since experts are computed device by device. Everywhere else, and in the other formats, XLA does. The scales of
+the tensors multiply the float32 sums, before an activation and the one rounding of the result.
+
+Shapes: M rows sorted by expert, K inputs, N outputs, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from nemotron_jax.precision.quantized import (
+    Operand,
+    bits_of,
+    block_size,
+    counted_operand,
+    of_all,
+    of_probe,
+    quantize_rows,
+    quantize_tokens,
+    quantize_weight,
+    scale_of,
+)
+from nemotron_jax.precision.recipe import Precision
+from pallas_kernels import floats, quantize_expert_operands
+from pallas_kernels.grouped_products import multiply_groups, sum_groups
+from pallas_kernels.nvfp4 import global_scale
+from pallas_kernels.nvfp4_tiles import tile_maxima, tile_operand
+from pallas_kernels.quantize_expert_operands import expert_maxima
+from pallas_kernels.quantize_expert_operands import implementation as operands_by
+from pallas_kernels.random_bits import DGRAD, WGRAD
+from pallas_kernels.whole_blocks import whole_blocks
+
+
+def quantized_expert_matmul(
+    x_MK: Array,
+    w_EKN: Array,
+    group_sizes: Array,
+    precision: Precision,
+    seed: Array | None,
+    entry_M: Array | None = None,
+    probe: Array | None = None,
+    *,
+    activation: str | None = None,
+) -> Array:
+    """Each group of rows times its expert's weight -> [M, N] in x's dtype; gradients in the dtypes of x and w.
+
+    ``entry_M``: uint32 [M], which (token, slot) of the batch each row is; None: its place.
+    ``activation``: None or "relu2".
+    """
+    seed = jnp.uint32(0) if seed is None else seed
+    entry_M = jnp.arange(len(x_MK), dtype=jnp.uint32) if entry_M is None else entry_M
+    return _experts(x_MK, w_EKN, group_sizes, seed, entry_M, probe, precision, activation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _experts(
+    x_MK: Array,
+    w_EKN: Array,
+    group_sizes: Array,
+    seed: Array,
+    entry_M: Array,
+    probe: Array | None,
+    precision: Precision,
+    activation: str | None,
+) -> Array:
+    return _experts_fwd(x_MK, w_EKN, group_sizes, seed, entry_M, None, precision, activation)[0]
+
+
+def _experts_fwd(
+    x_MK: Array,
+    w_EKN: Array,
+    group_sizes: Array,
+    seed: Array,
+    entry_M: Array,
+    probe: Array | None,
+    precision: Precision,
+    activation: str | None,
+) -> tuple[Array, tuple[Any, ...]]:
+    rows = _Rows(group_sizes, precision, precision.cut.rows + precision.cut.inputs, None, probe is not None)
+    with jax.named_scope("fprop"):
+        maxima = _maxima(x_MK, rows)
+        x = _by_rows(x_MK, rows, maxima)
+        square = weight_tiles(w_EKN, precision)
+        w = expert_weights(w_EKN if square else jnp.swapaxes(w_EKN, 1, 2), precision, square)
+        scale = x.scale * w.scale
+        settings: dict[str, Any] = {"transposed": square is None, "activation": activation, "dtype": x_MK.dtype}
+        y = multiply_groups(x.values, w.values, group_sizes, scale, **settings)
+    counts = None if probe is None else jnp.stack([x.counts, w.counts])
+    kept = y if activation else None
+    return y, (x_MK, w_EKN, group_sizes, seed, entry_M, kept, maxima and maxima.tokens, square, counts)
+
+
+def _experts_bwd(
+    precision: Precision, activation: str | None, saved: tuple[Any, ...], dy_MN: Array
+) -> tuple[Array | None, ...]:
+    x_MK, w_EKN, group_sizes, seed, entry_M, y_MN, x_maxima, square, forward = saved
+    if activation:  # relu2, whose derivative 2 max(z, 0) is 2 sqrt(y)
+        dy_MN = (dy_MN.astype(jnp.float32) * 2 * jnp.sqrt(y_MN.astype(jnp.float32))).astype(dy_MN.dtype)
+    over_x, over_dy = (precision.cut.rows + axes for axes in (precision.cut.inputs, precision.cut.outputs))
+    counted = forward is not None
+    rows_x = _Rows(group_sizes, precision, over_x, None, counted)
+    rows_dy = _Rows(group_sizes, precision, over_dy, (seed, entry_M) if precision.draws else None, counted)
+    with jax.named_scope("quantize"):
+        dy_maxima = _maxima(dy_MN, rows_dy)
+        both = _by_kernel(dy_MN, rows_dy, dy_maxima, rows=True, tokens=True)
+        x_tokens = None if x_maxima is None else _by_kernel(x_MK, rows_x, _Maxima(x_maxima, x_maxima), tokens=True)[1]
+    with jax.named_scope("dgrad"):
+        dy = both[0] or _by_rows(dy_MN, rows_dy, None)
+        w = expert_weights(w_EKN, precision, square)
+        scale = dy.scale * w.scale
+        dx = multiply_groups(dy.values, w.values, group_sizes, scale, transposed=True, dtype=x_MK.dtype)
+    with jax.named_scope("wgrad"):
+        x = x_tokens or _by_tokens(x_MK, rows_x)
+        dy_tokens = both[1] or _by_tokens(dy_MN, rows_dy)
+        size = block_size(precision)
+        filled = -(-group_sizes // size) * size
+        dw = sum_groups(x.values, dy_tokens.values, filled, x.scale * dy_tokens.scale, dtype=w_EKN.dtype)
+    probe = None if forward is None else of_probe(forward, [dy.counts, x.counts, dy_tokens.counts])
+    return dx, dw, None, None, None, probe
+
+
+_experts.defvjp(_experts_fwd, _experts_bwd)
+
+
+class _Rows(NamedTuple):
+    """What goes for all rows of an operand.
+
+    Attributes:
+      over: mesh axes over which devices hold other parts of it.
+      draw: seed and entry_M, for stochastic rounding.
+      counted: whether its COUNTS are wanted.
+    """
+
+    group_sizes: Array
+    precision: Precision
+    over: tuple[str, ...]
+    draw: tuple[Array, Array] | None
+    counted: bool
+
+    def bits(self, product: int, columns: int) -> Array | None:
+        if self.draw is None:
+            return None
+        seed, entry_M = self.draw
+        return bits_of(self.precision, seed, product, entry_M, columns)
+
+
+class _Maxima(NamedTuple):
+    """float32 [E]: the amax of rows as they are, and of blocks of tokens after the transform."""
+
+    rows: Array
+    tokens: Array
+
+
+def _maxima(z_MK: Array, rows: _Rows) -> _Maxima | None:
+    """By the kernel, in one pass; None where operands are made without."""
+    by_kernel = rows.precision.format == "nvfp4" and z_MK.dtype == rows.precision.operands
+    if not by_kernel or operands_by(z_MK) == "reference":
+        return None
+    found = expert_maxima(z_MK, rows.group_sizes, hadamard=rows.precision.hadamard)
+    return _Maxima(*(of_all(amax_E, rows.over) for amax_E in found))
+
+
+def _by_kernel(
+    z_MK: Array, of: _Rows, maxima: _Maxima | None, *, rows: bool = False, tokens: bool = False
+) -> tuple[Operand | None, Operand | None]:
+    """Both operands of z, which is read once, as far as wanted; none where there is no kernel."""
+    if maxima is None:
+        return None, None
+    seed, entry_M = of.draw or (None, None)
+    made = quantize_expert_operands(
+        z_MK,
+        of.group_sizes,
+        maxima.rows if rows else None,
+        maxima.tokens if tokens else None,
+        hadamard=of.precision.hadamard,
+        seed=seed,
+        entries=entry_M,
+    )
+
+    def operand(values: Array | None, amax_E: Array, by_xla: Callable[[Array, _Rows], Operand]) -> Operand | None:
+        if values is None:
+            return None
+        # Statistics are those of the operand that XLA would make, which it then does.
+        counts = by_xla(z_MK, of).counts if of.counted else jnp.zeros(())
+        return Operand(values, global_scale(amax_E), counts)
+
+    return operand(made[0], maxima.rows, _rows_by_xla), operand(made[1], maxima.tokens, _by_tokens)
+
+
+def _by_rows(z_MK: Array, of: _Rows, maxima: _Maxima | None) -> Operand:
+    """Quantised along K with an amax of each expert: values [M, K], scale [E]."""
+    return _by_kernel(z_MK, of, maxima, rows=True)[0] or _rows_by_xla(z_MK, of)
+
+
+def _rows_by_xla(z_MK: Array, of: _Rows) -> Operand:
+    ends = jnp.cumsum(of.group_sizes)
+    expert_M = jnp.searchsorted(ends, jnp.arange(len(z_MK)), side="right")  # E past the last group
+    largest_M = floats.absolute_max(z_MK, axis=1)
+    amax_E = jnp.zeros(len(ends), jnp.float32).at[expert_M].max(largest_M, mode="drop")
+    amax_E = of_all(amax_E, of.over)
+    amax_M = amax_E[jnp.minimum(expert_M, len(ends) - 1)]
+    z = quantize_rows(z_MK, of.precision, of.bits(DGRAD, z_MK.shape[1]), amax_M[:, None])
+    return Operand(z.values, scale_of(amax_E, of.precision), z.counts)
+
+
+def _by_tokens(z_MK: Array, of: _Rows) -> Operand:
+    """Quantised along tokens: values of groups filled up to whole blocks, scale [E]."""
+    whole = whole_blocks(of.group_sizes, len(z_MK), block_size(of.precision))
+    bits = of.bits(WGRAD, z_MK.shape[1])
+    bits = None if bits is None else whole.filled(bits)
+    experts = len(of.group_sizes)
+    return quantize_tokens(whole.filled(z_MK), of.precision, bits, whole.expert_of_block, experts, of.over)
+
+
+class Tiles(NamedTuple):
+    """Maxima of the 16x16 tiles of weights [E, K / 16, N / 16], and of each expert [E]: what two passes share."""
+
+    maxima: Array
+    amax_E: Array
+
+
+def weight_tiles(w_EKN: Array, precision: Precision) -> Tiles | None:
+    """None where the codes of w and of its transpose differ."""
+    if precision.format != "nvfp4" or precision.weight_block != "16x16":
+        return None
+    with jax.named_scope("weight"):
+        maxima = tile_maxima(w_EKN)
+        return Tiles(maxima, of_all(maxima.max((1, 2)), precision.cut.inputs + precision.cut.outputs))
+
+
+@jax.named_scope("weight")
+def expert_weights(w_ENK: Array, precision: Precision, square: Tiles | None) -> Operand:
+    """Each expert quantised along its last axis, or in tiles: values like w, scale [E]."""
+    if square is not None:
+        values, steps = tile_operand(w_ENK, square.maxima, square.amax_E, precision.operands)
+        scale = global_scale(square.amax_E)
+        limit = 6 * jnp.repeat(steps, 16, axis=1)
+        return Operand(values, scale, counted_operand(w_ENK, values, scale[:, None, None], limit).counts)
+    over = precision.cut.inputs + precision.cut.outputs
+    amax_E = of_all(floats.absolute_max(w_ENK, axis=(1, 2)), over)
+    each = jax.vmap(lambda w, amax: quantize_weight(w, precision, amax))(w_ENK, amax_E)
+    return Operand(each.values, each.scale, each.counts.sum(0))
