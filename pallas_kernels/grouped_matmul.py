@@ -20,6 +20,7 @@ from pallas_kernels import block_scaled_matmul_mosaic, grouped_matmul_mosaic
 from pallas_kernels.cost import BF16, Cost
 from pallas_kernels.dispatch import choose, require_shape
 from pallas_kernels.packed import Packed
+from pallas_kernels.zeros import zeros_after
 
 ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
     None: lambda z: z,
@@ -144,7 +145,7 @@ def rows_times_blocked(lhs: jax.Array, rhs: jax.Array | Packed, group_sizes: jax
 
         return jax.lax.fori_loop(0, -(-size // block), one_block, out), None
 
-    out = jnp.zeros((rows + block, width), dtype)
+    out = zeros_after(padded, (rows + block, width), dtype)
     out, _ = jax.lax.scan(one_group, out, (rhs, ends - group_sizes, group_sizes))
     return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out[:rows], 0)
 

@@ -1,4 +1,7 @@
-"""Real processes on this host, over gloo: the same losses as one process, checkpoints, signals, and lost peers."""
+"""Real processes on this host: the same losses as one process, checkpoints, signals, and lost peers.
+
+On CPUs they talk through gloo; with ``-m gpu``, on two GPUs, through NCCL.
+"""
 
 import json
 import os
@@ -29,6 +32,7 @@ FLAGS = QUICK_FLAGS | {
     "optimizer.warmup_steps": 2,
     "checkpoint.every": 4,
 }
+ON_GPUS = {"precision.recipe": "float32"}  # bfloat16 would hide what is wrong by less than it rounds
 
 
 class Run:
@@ -50,13 +54,16 @@ class Run:
                 subprocess.Popen(
                     [sys.executable, *arguments],
                     cwd=ROOT,
-                    env=self.environment,
+                    env=self.environment_of(index),
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
                 )
             )
         return self
+
+    def environment_of(self, index: int) -> dict[str, str]:
+        return self.environment
 
     def wait_for_step(self, step: int) -> "Run":
         while all(process.poll() is None for process in self.processes):
@@ -81,6 +88,13 @@ class Run:
         return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
+class RunOnGPUs(Run):
+    """One GPU a process; the tests' own process may hold most of their memory."""
+
+    def environment_of(self, index: int) -> dict[str, str]:
+        return self.environment | {"CUDA_VISIBLE_DEVICES": str(index), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
@@ -91,8 +105,8 @@ def text(tmp_path_factory):
     return folder
 
 
-def run(text, workdir, port, count, **flags) -> Run:
-    made = Run(text, workdir, port, count, **flags).start()
+def run(text, workdir, port, count, kind=Run, **flags) -> Run:
+    made = kind(text, workdir, port, count, **flags).start()
     for code, output in made.finish():
         assert code == 0, output
     return made
@@ -224,3 +238,26 @@ def test_bad_data_end_all_processes(text, tmp_path, unused_port):
     assert [code for code, _ in ends] == [2, 2], ends
     assert all("nowhere" in output and "Traceback" not in output for _, output in ends), ends
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def alone_on_a_gpu(text, tmp_path_factory):
+    if jax.default_backend() != "gpu" or jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    workdir = tmp_path_factory.mktemp("runs") / "alone on a GPU"
+    return run(text, workdir, 1, 1, RunOnGPUs, **ON_GPUS).losses()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axis", ["data", "fsdp", "expert"])
+def test_two_gpus_of_two_processes_have_the_losses_of_one(axis, text, alone_on_a_gpu, tmp_path, unused_port):
+    """Sums of a GPU are taken in another order, and twelve steps of Adam enlarge the difference."""
+    flags = ON_GPUS | {f"parallel.{axis}": 2}
+    made = RunOnGPUs(text, tmp_path / "run", unused_port, 2, **flags).start()
+    (first, shown), (second, silent) = made.finish()
+    assert (first, second) == (0, 0), (shown, silent)
+    assert "2 process(es)" in shown and "NVIDIA" in shown
+    losses, expected = made.losses(), alone_on_a_gpu
+    assert losses.keys() == expected.keys() == set(range(1, STEPS + 1))
+    np.testing.assert_allclose(losses[1], expected[1], rtol=1e-5)
+    np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-3)

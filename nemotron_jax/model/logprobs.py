@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nemotron_jax.parallel.local import gathered, per_device, scattered, zeros_after
+from nemotron_jax.parallel.local import gathered, per_device, scattered
 from nemotron_jax.parallel.mesh import mesh_axes
 from nemotron_jax.precision.matmul import gemm_precision
+from pallas_kernels.zeros import zeros_after
 
 # Float32 logits held at a time: 2^29 (2 GiB) keeps 4096 rows of a 131,072-token vocabulary. Each chunk reads and writes
 # the float32 gradient of the head's weight once, so a quarter of it would cost as much traffic as the logits.

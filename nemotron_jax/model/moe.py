@@ -105,7 +105,7 @@ class Experts(nnx.Module):
     def __call__(self, u_BTL: Array, experts_BTK: Array, weights_BTK: Array, ctx: Context) -> Array:
         """sum_k weights[k] down(relu(up(u))^2) of the chosen experts: [B, T, L], [B, T, K] twice -> [B, T, L]."""
         params = (self.up_proj, self.down_proj)
-        weights: tuple[Array, ...] = tuple(w[...] for w in params)
+        weights: tuple[Array | Packed, ...] = tuple(w[...] for w in params)
         axes = tuple(w.axes for w in params)
         up_probe, down_probe = (ctx.of(f"experts/{name}")[1] for name in ("up_proj", "down_proj"))
         if up_probe is not None and down_probe is not None:  # their gradients are summed as those of weights are

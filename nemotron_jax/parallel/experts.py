@@ -30,10 +30,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from nemotron_jax.parallel.experts_gathered import everywhere
-from nemotron_jax.parallel.local import Axes, gathered, per_device, together, zeros_after
+from nemotron_jax.parallel.local import Axes, gathered, per_device, together
 from nemotron_jax.parallel.mesh import mesh_axes, shards
 from pallas_kernels import permute, unpermute
 from pallas_kernels.packed import Packed
+from pallas_kernels.zeros import zeros_after
 
 # Rows of a round over the mean. A device's load is the sum over its experts: with the loads of
 # pallas_kernels.grouped_matmul.random_loads, the largest of 64 devices with 8 experts each is 1.35 times the mean.

@@ -154,16 +154,6 @@ def _gather_bwd(dimension: int, dtype: jnp.dtype, master: jnp.dtype, _: None, d:
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def zeros_after(x: Array, shape: Sequence[int], dtype: DTypeLike) -> Array:
-    """Zeros that are made when ``x`` is there, not before.
-
-    XLA makes equal constants once, as early as the first of them is needed: the sums of all layers that are not
-    scanned would be on the device at a time. It does not see that half of a lowest bit is zero, in whole numbers.
-    """
-    bits = lax.bitcast_convert_type(x[(0,) * x.ndim].astype(jnp.float32), jnp.uint32)
-    return jnp.broadcast_to(((bits & 1) >> 1).astype(dtype), shape)
-
-
 def index(name: str) -> Array:
     """Inside `per_device`: which part of a logical axis this device holds."""
     return lax.axis_index(mesh_axes(name))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from nemotron_jax.parallel.local import gathered, index, per_device, scattered, together, zeros_after
+from nemotron_jax.parallel.local import gathered, index, per_device, scattered, together
 from nemotron_jax.parallel.mesh import constrain, mesh_axes
 from tests.parallel.conftest import collectives
 
@@ -81,20 +81,6 @@ def test_gathered_and_scattered_are_transposes(eight):
         np.testing.assert_array_equal(whole, weight.astype(jnp.bfloat16))
     np.testing.assert_array_equal(a, np.full(shape, 0 + 1 + 2 + 3))
     np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32"])
-def test_zeros_after_anything_are_zeros(dtype):
-    values = np.arange(-3, 4) if dtype == "int32" else [0.0, -0.0, 1.1, -1e-30, np.inf, -np.inf, np.nan]
-    for value in values:
-        made = jax.jit(lambda x: zeros_after(x, (2, 3), jnp.bfloat16))(jnp.full((4, 5), value, dtype))
-        assert made.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(made.view(jnp.uint16), np.zeros((2, 3)))
-
-
-def test_zeros_after_something_are_no_constant():
-    compiled = jax.jit(lambda x: zeros_after(x, (2, 3), "float32")).lower(jnp.zeros((4, 5))).compile().as_text()
-    assert "bitcast-convert" in compiled  # of a number of x
 
 
 @pytest.mark.parametrize(("experts", "part"), [(8, (1, 16, 4)), (6, (3, 4, 4))])
