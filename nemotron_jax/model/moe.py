@@ -111,8 +111,8 @@ class Experts(nnx.Module):
         if up_probe is not None and down_probe is not None:  # their gradients are summed as those of weights are
             weights, axes = (*weights, up_probe, down_probe), (*axes, (None, None), (None, None))
         dtype = jnp.dtype(self.precision.operands)
-        if self.precision.format and not isinstance(weights[0], Packed):
-            dtype = weights[0].dtype  # masters are rounded once
+        if self.precision.format:  # masters are rounded once; packed weights have no dtype and are not cast
+            dtype = getattr(weights[0], "dtype", dtype)
         return routed(
             functools.partial(_apply, self.precision, self.num_experts, self.width),
             u_BTL,

@@ -26,6 +26,7 @@ Shapes: M tokens or rows, K inputs, N outputs, E experts, B blocks of S tokens (
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,8 @@ COUNTS = ("non_zero", "flushed", "saturated", "non_finite")
 
 def new_probe() -> Array:
     """The dummy input of a quantised matmul whose gradient is its statistics: COUNTS of each of OPERANDS.
+
+    Where it is not zero, what takes passes of its own is not counted (`counted_if`) and may be zero.
 
     Counted before rounding (after the Hadamard transform): elements that are finite and not zero; those of them that
     become zero; those that lie above the largest value of their block, by more than float32 rounds; NaN and infinities.
@@ -80,6 +83,12 @@ def counted_operand(z: Array, values: Array, scale: Array, limit: Array) -> Oper
     above = jnp.abs(z) > limit * scale * (1 + 2.0**-20)
     counted = (non_zero, non_zero & ~kept, non_zero & kept & above, ~finite)
     return Operand(values, scale, jnp.stack([which.sum(dtype=jnp.float32) for which in counted]))
+
+
+def counted_if(probe: Array | None, count: Callable[[], Array]) -> Array:
+    """COUNTS of an operand that is made without; zeros, at no cost, where nobody wants them."""
+    nothing = jnp.zeros(len(COUNTS), jnp.float32)
+    return nothing if probe is None else lax.cond(probe[0, 0] == 0, count, lambda: nothing)
 
 
 def quantized_matmul(x: Array, w: Array, precision: Precision, seed: Array | None, probe: Array | None = None) -> Array:

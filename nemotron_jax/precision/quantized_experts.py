@@ -26,6 +26,7 @@ from nemotron_jax.precision.quantized import (
     Operand,
     bits_of,
     block_size,
+    counted_if,
     counted_operand,
     of_all,
     of_probe,
@@ -90,30 +91,29 @@ def _experts_fwd(
     precision: Precision,
     activation: str | None,
 ) -> tuple[Array, tuple[Any, ...]]:
-    rows = _Rows(group_sizes, precision, precision.cut.rows + precision.cut.inputs, None, probe is not None)
+    rows = _Rows(group_sizes, precision, precision.cut.rows + precision.cut.inputs, None, probe)
     with jax.named_scope("fprop"):
         maxima = _maxima(x_MK, rows)
         x = _by_rows(x_MK, rows, maxima)
         square = weight_tiles(w_EKN, precision)
-        w = expert_weights(w_EKN if square else jnp.swapaxes(w_EKN, 1, 2), precision, square)
+        w = expert_weights(w_EKN if square else jnp.swapaxes(w_EKN, 1, 2), precision, square, probe)
         scale = x.scale * w.scale
         settings: dict[str, Any] = {"transposed": square is None, "activation": activation, "dtype": x_MK.dtype}
         y = multiply_groups(x.values, w.values, group_sizes, scale, **settings)
     counts = None if probe is None else jnp.stack([x.counts, w.counts])
     kept = y if activation else None
-    return y, (x_MK, w_EKN, group_sizes, seed, entry_M, kept, maxima and maxima.tokens, square, counts)
+    return y, (x_MK, w_EKN, group_sizes, seed, entry_M, kept, maxima and maxima.tokens, square, probe, counts)
 
 
 def _experts_bwd(
     precision: Precision, activation: str | None, saved: tuple[Any, ...], dy_MN: Array
 ) -> tuple[Array | None, ...]:
-    x_MK, w_EKN, group_sizes, seed, entry_M, y_MN, x_maxima, square, forward = saved
+    x_MK, w_EKN, group_sizes, seed, entry_M, y_MN, x_maxima, square, probe, forward = saved
     if activation:  # relu2, whose derivative 2 max(z, 0) is 2 sqrt(y)
         dy_MN = (dy_MN.astype(jnp.float32) * 2 * jnp.sqrt(y_MN.astype(jnp.float32))).astype(dy_MN.dtype)
     over_x, over_dy = (precision.cut.rows + axes for axes in (precision.cut.inputs, precision.cut.outputs))
-    counted = forward is not None
-    rows_x = _Rows(group_sizes, precision, over_x, None, counted)
-    rows_dy = _Rows(group_sizes, precision, over_dy, (seed, entry_M) if precision.draws else None, counted)
+    rows_x = _Rows(group_sizes, precision, over_x, None, probe)
+    rows_dy = _Rows(group_sizes, precision, over_dy, (seed, entry_M) if precision.draws else None, probe)
     with jax.named_scope("quantize"):
         dy_maxima = _maxima(dy_MN, rows_dy)
         both = _by_kernel(dy_MN, rows_dy, dy_maxima, rows=True, tokens=True)
@@ -129,8 +129,7 @@ def _experts_bwd(
         size = block_size(precision)
         filled = -(-group_sizes // size) * size
         dw = sum_groups(x.values, dy_tokens.values, filled, x.scale * dy_tokens.scale, dtype=w_EKN.dtype)
-    probe = None if forward is None else of_probe(forward, [dy.counts, x.counts, dy_tokens.counts])
-    return dx, dw, None, None, None, probe
+    return dx, dw, None, None, None, of_probe(forward, [dy.counts, x.counts, dy_tokens.counts])
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
@@ -142,14 +141,14 @@ class _Rows(NamedTuple):
     Attributes:
       over: mesh axes over which devices hold other parts of it.
       draw: seed and entry_M, for stochastic rounding.
-      counted: whether its COUNTS are wanted.
+      probe: for `counted_if`.
     """
 
     group_sizes: Array
     precision: Precision
     over: tuple[str, ...]
     draw: tuple[Array, Array] | None
-    counted: bool
+    probe: Array | None
 
     def bits(self, product: int, columns: int) -> Array | None:
         if self.draw is None:
@@ -195,8 +194,7 @@ def _by_kernel(
         if values is None:
             return None
         # Statistics are those of the operand that XLA would make, which it then does.
-        counts = by_xla(z_MK, of).counts if of.counted else jnp.zeros(())
-        return Operand(values, global_scale(amax_E), counts)
+        return Operand(values, global_scale(amax_E), counted_if(of.probe, lambda: by_xla(z_MK, of).counts))
 
     return operand(made[0], maxima.rows, _rows_by_xla), operand(made[1], maxima.tokens, _by_tokens)
 
@@ -243,13 +241,16 @@ def weight_tiles(w_EKN: Array, precision: Precision) -> Tiles | None:
 
 
 @jax.named_scope("weight")
-def expert_weights(w_ENK: Array, precision: Precision, square: Tiles | None) -> Operand:
+def expert_weights(w_ENK: Array, precision: Precision, square: Tiles | None, probe: Array | None = None) -> Operand:
     """Each expert quantised along its last axis, or in tiles: values like w, scale [E]."""
     if square is not None:
         values, steps = tile_operand(w_ENK, square.maxima, square.amax_E, precision.operands)
         scale = global_scale(square.amax_E)
-        limit = 6 * jnp.repeat(steps, 16, axis=1)
-        return Operand(values, scale, counted_operand(w_ENK, values, scale[:, None, None], limit).counts)
+
+        def counts() -> Array:
+            return counted_operand(w_ENK, values, scale[:, None, None], 6 * jnp.repeat(steps, 16, axis=1)).counts
+
+        return Operand(values, scale, counted_if(probe, counts))
     over = precision.cut.inputs + precision.cut.outputs
     amax_E = of_all(floats.absolute_max(w_ENK, axis=(1, 2)), over)
     each = jax.vmap(lambda w, amax: quantize_weight(w, precision, amax))(w_ENK, amax_E)

@@ -50,7 +50,10 @@ def _train_step(setup: TrainSetup, state: TrainState, batch: Batch) -> tuple[Tra
     config = setup.config
     step_seed = mix_seed(state.buffers["seed"], state.step)
     trained, frozen = setup.split_params(state.params)
-    (grads, counts_of_probes), metrics = _gradients(setup, trained, frozen, state.buffers["model"], batch, step_seed)
+    probes = _probes(setup, state.step + 1)
+    (grads, counts_of_probes), metrics = _gradients(
+        setup, trained, frozen, probes, state.buffers["model"], batch, step_seed
+    )
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
@@ -79,8 +82,21 @@ def _train_step(setup: TrainSetup, state: TrainState, batch: Batch) -> tuple[Tra
     return new_state, shown | _expert_load(counts)
 
 
+def _probes(setup: TrainSetup, step: Array) -> dict[str, Array]:
+    """Zeros, for statistics, in the steps that are logged (training/loop.py); ones, which leave most out, in others."""
+    config = setup.config
+    logged = (step % config.log.every == 0) | (step == 1) | (step == config.train.steps)
+    return {name: jnp.where(logged, probe, 1.0) for name, probe in new_probes(setup.recipe, config.model).items()}
+
+
 def _gradients(
-    setup: TrainSetup, trained: nnx.State, frozen: nnx.State, buffers: nnx.State, batch: Batch, seed: Array
+    setup: TrainSetup,
+    trained: nnx.State,
+    frozen: nnx.State,
+    probes: dict[str, Array],
+    buffers: nnx.State,
+    batch: Batch,
+    seed: Array,
 ) -> tuple[tuple[nnx.State, dict[str, Array]], Metrics]:
     """Gradients of the global batch's loss (and of probes) and its metrics, summed over the microbatches in float32."""
     train = setup.config.train
@@ -91,7 +107,7 @@ def _gradients(
         model = nnx.merge(setup.graphdef, trained, frozen, buffers)
         return loss_fn(model, part, seed, total_weights, 1 / train.microbatches, train, probes or None)
 
-    inputs = (trained, new_probes(setup.recipe, setup.config.model))
+    inputs = (trained, probes)
     grad = jax.grad(of, has_aux=True)
     if train.microbatches == 1:
         return grad(inputs, batch, mix_seed(seed, 0))

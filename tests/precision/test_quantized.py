@@ -379,3 +379,22 @@ def test_the_kernels_of_experts_change_no_bit(monkeypatch):
     assert calls == ["maxima", [True, False], "maxima", [True, True], [False, True]]
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a[:43] if len(a) == 45 else a, b[:43] if len(b) == 45 else b)
+
+
+def test_what_takes_a_pass_is_counted_where_it_is_wanted():
+    """A probe that is not zero leaves the weights of experts uncounted, and changes nothing else."""
+    sizes, precision = jnp.asarray([M], jnp.int32), Precision("float32", "nvfp4")
+
+    def gradients(probe):
+        y, pull = jax.vjp(
+            lambda x, w, probe: expert_matmul(x, w[None], sizes, precision, SEED, None, probe), X, W, probe
+        )
+        return y, *pull(jnp.asarray(DY))
+
+    *counting, counts = jax.jit(gradients)(new_probe())
+    *leaving, left = jax.jit(gradients)(new_probe() + 1)
+    for a, b in zip(counting, leaving, strict=True):
+        np.testing.assert_array_equal(a, b)
+    w = OPERANDS.index("w")
+    assert counts[w, COUNTS.index("non_zero")] == W.size
+    assert not left[w].any() and left[OPERANDS.index("x")].any()

@@ -28,7 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not compiler(), reason="no co
 
 # NVFP4: in_proj, up and down of experts and of the shared expert, each in one layer. MXFP8: out_proj in one layer.
 NVFP4_MATMULS = 5
-
+# Tiles of 16x16 are the same from both sides: the experts' weights are rounded once, for fprop and dgrad.
+ROUNDED_ONCE = 2
 
 # Those of them that the tensor cores of a B200 take by codes: not the experts'.
 NATIVE_MATMULS = 3
@@ -76,7 +77,8 @@ def test_each_operand_is_rounded(target):
     # The sum that rounds a value to nearest, or moves it by a random share of a step: in each NVFP4 matmul.
     for scope, instructions in found.items():
         if scope != ("dgrad", "rows"):
-            assert instructions["nearest_e2m1", "add"] >= NVFP4_MATMULS, scope
+            again = NVFP4_MATMULS - ROUNDED_ONCE if scope == ("dgrad", "weight") else NVFP4_MATMULS
+            assert instructions["nearest_e2m1", "add"] >= again, scope
         if scope in (("dgrad", "rows"), ("wgrad", "tokens")):  # gradients
             assert instructions["stochastic_e2m1", "add"] >= NVFP4_MATMULS, scope
         # And the scales of blocks are rounded to e4m3; in MXFP8 the elements are.
