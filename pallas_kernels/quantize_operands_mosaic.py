@@ -44,9 +44,7 @@ def unfit(x: jax.Array) -> str:
     """Why the kernel cannot take x [M, N], or ""."""
     if x.dtype != jnp.bfloat16:
         return f"x must be bfloat16, got {x.dtype}"
-    if x.shape[0] % ROWS or x.shape[1] % COLUMNS or not x.size:
-        return f"M must be a multiple of {ROWS} and N of {COLUMNS}, got {list(x.shape)}"
-    return ""
+    return "" if x.size else "x is empty"
 
 
 def quantize_operands(
@@ -57,7 +55,12 @@ def quantize_operands(
     seed: jax.Array | None,
     interpret: Interpret = None,
 ) -> tuple[Any, Any]:
-    """Arguments and results as of `quantize_operands.quantize_operands`."""
+    """Arguments and results as of `quantize_operands.quantize_operands`.
+
+    M that is no multiple of ROWS, and N of COLUMNS, are padded: a copy of x and of the results.
+    """
+    shape = x.shape
+    x = jnp.pad(x, ((0, -shape[0] % ROWS), (0, -shape[1] % COLUMNS)))
     m, n = x.shape
     wanted = (amax is not None, amax_columns is not None)
     words = lax.bitcast_convert_type(x.reshape(m, n // 2, 2), jnp.uint32)
@@ -67,11 +70,12 @@ def quantize_operands(
     numbers = block_numbers(of_rows, of_columns, seed)
     found = iter(_kernel(m, n, wanted, hadamard, seed is not None, interpret)(numbers, words))
 
-    def result(rows):
+    def result(in_rows, in_columns):  # elements of a scale
         values = lax.bitcast_convert_type(next(found).reshape(m, n // 2), jnp.bfloat16).reshape(m, n)
-        return values, next(found).reshape(rows, -1)
+        scales = next(found).reshape(m // in_rows, n // in_columns)
+        return values[: shape[0], : shape[1]], scales[: shape[0] // in_rows, : shape[1] // in_columns]
 
-    return result(m) if wanted[0] else None, result(m // BLOCK) if wanted[1] else None
+    return result(1, BLOCK) if wanted[0] else None, result(BLOCK, 1) if wanted[1] else None
 
 
 @functools.lru_cache
