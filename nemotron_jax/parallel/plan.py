@@ -238,8 +238,7 @@ class Plan:
         XLA carries them into the next iteration, to reduce them beside what is there to be done: so all of them are
         there at a time, not the largest alone; and where rows travel, those of two layers.
         """
-        experts = (tensor for path, tensor in part.tensors.items() if "/experts/" in path)
-        sums = [4 * self._in_use(*tensor) for tensor in experts if self._cut(*tensor).keys() & set(SHARED)]
+        sums = [4 * self._in_use(*weight) for weight in self._experts_cut_by_fsdp(part)]
         return sum(sums) - (max(sums, default=0) if self.sizes["expert"] == 1 else 0)
 
     def _sliced(self, scan: range, order: Sequence[tuple[Part, int]]) -> float:
@@ -292,12 +291,35 @@ class Plan:
         return self.model.moe.latent_size or self.model.hidden_size
 
     def _at_work(self, part: Part) -> float:
-        """Bytes that the backward pass of one run needs beside what was kept."""
+        """Bytes that the backward pass of one run needs beside what was kept.
+
+        While it computes, or while its experts' gradients are about to be cut: both weights' in float32 by then, the
+        last made still in the dtype of the operands too.
+        """
         again = max(0.0, self._saved(part) - self._kept(part))
         tensor = self.sizes["tensor"]
         own = self.tokens * (part.saved.wide + part.saved.inner / tensor)
         rows = self._rows(part) * (TRAVELLING if self.sizes["expert"] > 1 else WORKING)
-        return self._gathered(part) + again + rows + WORKING * own
+        computing = self._gathered(part) + again + rows + WORKING * own + self._without_kernel(part)
+        uncut = [self._in_use(*weight) for weight in self._experts_cut_by_fsdp(part)]
+        if self.sizes["expert"] > 1 or not uncut:
+            return computing
+        return max(computing, 4 * sum(uncut) + self.work.operands * max(uncut))
+
+    def _experts_cut_by_fsdp(self, part: Part) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
+        """(shape, axes) of the experts' weights that are gathered for each use."""
+        experts = (weight for path, weight in part.tensors.items() if "/experts/" in path)
+        return [weight for weight in experts if self._cut(*weight).keys() & set(SHARED)]
+
+    def _without_kernel(self, part: Part) -> float:
+        """Bytes of products of experts whose width on a device no kernel takes: a loop over blocks of rows.
+
+        Its result is float32, and XLA holds the one that the loop writes into beside the one that it started from.
+        """
+        moe = self.model.moe
+        if not part.name.endswith("E") or not (moe.intermediate_size / self.sizes["tensor"]) % KERNEL_WIDTH:
+            return 0.0
+        return 2 * 4 * self.tokens * moe.top_k * self._expert_width()
 
     def _gathered(self, part: Part) -> float:
         """Bytes of weights that are put together for a block, and of gradients that are not cut yet.
@@ -305,11 +327,13 @@ class Plan:
         These are the largest float32 one; of experts on other devices, sums over the rounds of all of them.
         """
         gathered, largest, summed = 0.0, 0.0, 0.0
+        # `Saved.copies` are the same weights. (Where rows travel they count once more: TRAVELLING was fitted so.)
+        copied = part.saved.copies > 0 and self.sizes["expert"] == 1
         for shape, axes in part.tensors.values():
             cut = self._cut(shape, axes)
             whole = self._in_use(shape, axes)
             if cut.keys() & set(SHARED):
-                gathered += self.work.operands * whole
+                gathered += 0.0 if copied else self.work.operands * whole
                 largest = max(largest, 4 * whole)
             if "expert" in cut:
                 summed += (4 + self.work.operands) * whole
@@ -425,6 +449,7 @@ class Plan:
 # travel, with their gradients, in rounds with room for half as many again. Fitted to compiled steps (BENCHMARKS.md).
 WORKING, TRAVELLING = 0.5, 4.0
 MAX_LOGITS = 2**29  # model/logprobs.py
+KERNEL_WIDTH = 64  # pallas_kernels/grouped_matmul_mosaic.py: what it takes is a multiple
 
 
 def _add(found: dict[str, tuple[float, float]], name: str, more: tuple[float, float]) -> None:
