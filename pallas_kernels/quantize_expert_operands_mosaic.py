@@ -59,9 +59,7 @@ def unfit(x: jax.Array) -> str:
     """Why the kernels cannot take x [M, N], or ""."""
     if x.dtype != jnp.bfloat16:
         return f"x must be bfloat16, got {x.dtype}"
-    if x.shape[1] % COLUMNS or not x.size:
-        return f"N must be a multiple of {COLUMNS} and M positive, got {list(x.shape)}"
-    return ""
+    return "" if x.size else "x is empty"
 
 
 def quantize_expert_operands(
@@ -74,7 +72,9 @@ def quantize_expert_operands(
     entries: jax.Array | None,
     interpret: Interpret = None,
 ) -> tuple[Any, Any]:
-    """Arguments and results as of `quantize_expert_operands.quantize_expert_operands`."""
+    """Arguments and results as of `quantize_expert_operands.quantize_expert_operands`; see `_whole_tiles`."""
+    columns = x.shape[1]
+    x = _whole_tiles(x)
     m, n = x.shape
     experts = len(group_sizes)
     wanted = (amax is not None, amax_columns is not None)
@@ -87,7 +87,7 @@ def quantize_expert_operands(
     found = iter(kernel(*tiles, numbers, *bits, _words(x, interpret)))
 
     def result(rows):
-        return lax.bitcast_convert_type(next(found).reshape(rows, n // 2), jnp.bfloat16).reshape(rows, n)
+        return lax.bitcast_convert_type(next(found).reshape(rows, n // 2), jnp.bfloat16).reshape(rows, n)[:, :columns]
 
     return result(m) if wanted[0] else None, result(whole_rows(m, experts, BLOCK)) if wanted[1] else None
 
@@ -96,6 +96,7 @@ def expert_maxima(
     x: jax.Array, group_sizes: jax.Array, hadamard: bool, interpret: Interpret = None
 ) -> tuple[jax.Array, jax.Array]:
     """Arguments and results as of `quantize_expert_operands.expert_maxima`."""
+    x = _whole_tiles(x)
     m, n = x.shape
     tiles = _tiles(group_sizes, m)
     kernel = _maxima_kernel(m, n, len(group_sizes), len(tiles.group), hadamard, interpret)
@@ -105,6 +106,11 @@ def expert_maxima(
     of_expert = jnp.where(tiles.group == jnp.arange(len(group_sizes))[:, None], of_tiles.T[:, None], 0).max(2)
     plain, turned = floats.float_of(of_expert.astype(jnp.uint32))
     return plain, turned
+
+
+def _whole_tiles(x):
+    """x with columns of zeros up to a multiple of COLUMNS: a copy, where there are any."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % COLUMNS)))
 
 
 def _tiles(group_sizes, m):

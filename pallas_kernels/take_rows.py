@@ -66,8 +66,9 @@ def _unfit(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> str:
 
 
 def take_rows_reference(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[V, D], [M] -> [M, D]."""
-    return table.at[ids].get(mode="promise_in_bounds").astype(dtype)
+    """[V, D], [M] -> [M, D]; the gradient is summed in float32 at least, though a table of fewer bits is given."""
+    wide = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+    return wide.at[ids].get(mode="promise_in_bounds").astype(dtype)
 
 
 def take_rows_mosaic(table: jax.Array, ids: jax.Array, dtype: jnp.dtype, interpret: Interpret = None) -> jax.Array:

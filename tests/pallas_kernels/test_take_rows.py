@@ -76,3 +76,12 @@ def test_on_a_gpu_with_a_float32_table():
     np.testing.assert_array_equal(got, again)
     want = gradient(table, ids, d_rows)
     assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 1e-5 * np.linalg.norm(want)
+
+
+def test_gradients_of_a_narrow_table_are_summed_in_float32():
+    """A thousand entries of one row: in bfloat16 the sum would stop growing at 256."""
+    table, ids = jnp.zeros((3, 4), jnp.bfloat16), jnp.ones(1000, jnp.int32)
+    _, pull = jax.vjp(lambda table: take_rows(table, ids, impl="reference"), table)
+    (d_table,) = pull(jnp.ones((1000, 4), jnp.bfloat16))
+    assert d_table.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(d_table.astype(jnp.float32), np.outer([0, 1000, 0], np.ones(4)))
