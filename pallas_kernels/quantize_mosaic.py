@@ -81,7 +81,8 @@ def quantize(
 
 def block_numbers(amax: jax.Array, amax_columns: jax.Array, seed: jax.Array | None) -> jax.Array:
     """uint32: the bits of `block_parameters` of rows and of columns; with a seed their `stream_bits`."""
-    numbers = [floats.bits_of(z) for each in (amax, amax_columns) for z in block_parameters(each)]
+    # [2] at a time: each number is a hundred operations, which XLA has to fuse in every layer.
+    numbers = [*floats.bits_of(jnp.stack(block_parameters(jnp.stack([amax, amax_columns])), axis=1)).reshape(4)]
     if seed is not None:
         numbers += [stream_bits(seed, stream) for stream in (DGRAD, WGRAD)]
     return jnp.stack(numbers)
