@@ -6,8 +6,9 @@ holds says what has to travel.
     weights     float32 masters and two moments, cut as the sharding table says; gathered in the operands' dtype along
                 `fsdp` and `context` for each use, their gradients summed over all devices that see other tokens, and
                 cut again
-    experts     rows travel along `expert` at the width of the experts' input (the latent one, where there is one):
-                there and back in the forward pass, three widths in the backward pass (parallel/experts.py)
+    experts     along `expert` at the width of the experts' input (the latent one, where there is one): tokens are
+                gathered and sums scattered, each way and back (parallel/experts_gathered.py); on more devices than a
+                token has experts its rows travel, there and back, and three widths back (parallel/experts.py)
     tensor      the partial sums of each block's last matmul, and of its input's gradient
     context     keys and values of attention, one state a row of Mamba-2 (parallel/context.py)
 
@@ -25,6 +26,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from nemotron_jax.config import ModelConfig
 from nemotron_jax.errors import ConfigError, did_you_mean
+from nemotron_jax.parallel.experts_gathered import rows_of_a_round
 from nemotron_jax.parallel.fit import check_batch, check_model
 from nemotron_jax.parallel.mesh import AXES, mesh_axes, spec
 from nemotron_jax.parallel.stack import Stack
@@ -152,6 +154,7 @@ class Plan:
         check_model(model, self.mesh)
         check_batch(model, self.mesh, rows=work.batch, rows_name="--batch", seq_len=work.seq, seq_name="--seq")
         self.rows = work.batch // math.prod(self.sizes[axis] for axis in mesh_axes("batch"))
+        self.rows_travel = model.moe.top_k < self.sizes["expert"]  # else tokens are gathered
         self.tokens = self.rows * work.seq // math.prod(self.sizes[axis] for axis in mesh_axes("time"))  # of a device
 
     # Who holds what
@@ -239,7 +242,7 @@ class Plan:
         there at a time, not the largest alone; and where rows travel, those of two layers.
         """
         sums = [4 * self._in_use(*weight) for weight in self._experts_cut_by_fsdp(part)]
-        return sum(sums) - (max(sums, default=0) if self.sizes["expert"] == 1 else 0)
+        return sum(sums) - (0 if self.rows_travel else max(sums, default=0))
 
     def _sliced(self, scan: range, order: Sequence[tuple[Part, int]]) -> float:
         """Bytes of an inner scan's own: weights and what was kept, cut out of the outer stack, and its gradients."""
@@ -268,12 +271,18 @@ class Plan:
     def _saved(self, part: Part) -> float:
         """Bytes that one run of a layer leaves, were nothing recomputed."""
         saved, tensor, experts = part.saved, self.sizes["tensor"], self.sizes["expert"]
-        rows = self._rows(part) if experts == 1 else 0.0  # they are sent once more instead (parallel/experts.py)
+        rows = 0.0 if self.rows_travel else self._rows(part)  # they are sent once more instead (parallel/experts.py)
         return self.tokens * (saved.wide + saved.inner / tensor) + rows + saved.copies / tensor / experts
 
     def _rows(self, part: Part) -> float:
-        """Bytes of rows of the experts."""
-        return self.tokens * (part.saved.rows + part.saved.inner_rows / self.sizes["tensor"])
+        """Bytes of rows of the experts; where tokens are gathered, of a round, and those tokens."""
+        rows = self.tokens * (part.saved.rows + part.saved.inner_rows / self.sizes["tensor"])
+        devices = self.sizes["expert"]
+        if devices == 1 or self.rows_travel or not part.name.endswith("E"):
+            return rows
+        moe, tokens = self.model.moe, int(self.tokens * devices)
+        quota, _ = rows_of_a_round(tokens, moe.top_k, moe.num_experts // devices, devices)
+        return rows * quota / (self.tokens * moe.top_k) + tokens * self._expert_width() * self.work.operands
 
     def _kept(self, part: Part) -> float:
         """Bytes that one run leaves until its backward pass."""
@@ -299,10 +308,10 @@ class Plan:
         again = max(0.0, self._saved(part) - self._kept(part))
         tensor = self.sizes["tensor"]
         own = self.tokens * (part.saved.wide + part.saved.inner / tensor)
-        rows = self._rows(part) * (TRAVELLING if self.sizes["expert"] > 1 else WORKING)
+        rows = self._rows(part) * (TRAVELLING if self.rows_travel else WORKING)
         computing = self._gathered(part) + again + rows + WORKING * own + self._without_kernel(part)
         uncut = [self._in_use(*weight) for weight in self._experts_cut_by_fsdp(part)]
-        if self.sizes["expert"] > 1 or not uncut:
+        if self.rows_travel or not uncut:
             return computing
         return max(computing, 4 * sum(uncut) + self.work.operands * max(uncut))
 
@@ -328,14 +337,14 @@ class Plan:
         """
         gathered, largest, summed = 0.0, 0.0, 0.0
         # `Saved.copies` are the same weights. (Where rows travel they count once more: TRAVELLING was fitted so.)
-        copied = part.saved.copies > 0 and self.sizes["expert"] == 1
+        copied = part.saved.copies > 0 and not self.rows_travel
         for shape, axes in part.tensors.values():
             cut = self._cut(shape, axes)
             whole = self._in_use(shape, axes)
             if cut.keys() & set(SHARED):
                 gathered += 0.0 if copied else self.work.operands * whole
                 largest = max(largest, 4 * whole)
-            if "expert" in cut:
+            if "expert" in cut and self.rows_travel:
                 summed += (4 + self.work.operands) * whole
         return gathered + max(largest, summed)
 
@@ -371,9 +380,14 @@ class Plan:
             passes = part.runs * (again + 1)  # the last matmul in each forward pass, the input's gradient
             _add(found, "tensor all-reduce", self._group(["tensor"]).gather(2 * passes * wide))
         if part.name.endswith("E"):
-            row = self._expert_width() * self.model.moe.top_k * self.work.operands
-            sent = part.runs * (2 + 3) * self.tokens * row
-            _add(found, "expert all-to-all", self._group(["expert"]).exchange(sent))
+            vector, group = self._expert_width() * self.work.operands, self._group(["expert"])
+            if self.rows_travel:
+                sent = part.runs * (2 + 3) * self.tokens * self.model.moe.top_k * vector
+                _add(found, "expert all-to-all", group.exchange(sent))
+            else:
+                whole = part.runs * self.tokens * group.size * vector
+                _add(found, "expert all-gather", group.gather((again + 1) * whole))
+                _add(found, "expert reduce-scatter", group.gather(2 * whole))
         if part.name.endswith("*"):
             attention = self.model.attention
             heads = max(1.0, attention.num_kv_heads / self.sizes["tensor"])
