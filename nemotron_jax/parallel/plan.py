@@ -239,10 +239,10 @@ class Plan:
         """Bytes of experts' float32 gradients, not cut yet, that a scan holds for longer than the layer at work.
 
         XLA carries them into the next iteration, to reduce them beside what is there to be done: so all of them are
-        there at a time, not the largest alone; and where rows travel, those of two layers.
+        there at a time, not the largest alone; and where devices have different experts, those of two layers.
         """
         sums = [4 * self._in_use(*weight) for weight in self._experts_cut_by_fsdp(part)]
-        return sum(sums) - (0 if self.rows_travel else max(sums, default=0))
+        return sum(sums) - (max(sums, default=0) if self.sizes["expert"] == 1 else 0)
 
     def _sliced(self, scan: range, order: Sequence[tuple[Part, int]]) -> float:
         """Bytes of an inner scan's own: weights and what was kept, cut out of the outer stack, and its gradients."""

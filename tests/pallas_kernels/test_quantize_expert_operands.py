@@ -59,8 +59,8 @@ def test_each_expert_is_a_tensor_of_its_own(case):
     ("case", "wanted"),
     [
         (Case("both, drawn", 150, 64, (1, 0, 130), True, True), (True, True)),
-        (Case("rows, drawn", 60, 64, (3, 33), False, True), (True, False)),
-        (Case("columns, padded", 50, 112, (17, 0, 20), True, True), (False, True)),
+        pytest.param(Case("rows, drawn", 60, 64, (3, 33), False, True), (True, False), marks=pytest.mark.slow),
+        pytest.param(Case("columns, padded", 50, 112, (17, 0, 20), True, True), (False, True), marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -74,7 +74,7 @@ def test_the_kernel(case, wanted, interpret):
     same(case, got, quantize_expert_operands_reference(x, group_sizes, *maxima, *rest))
 
 
-@pytest.mark.parametrize("hadamard", [True, False])
+@pytest.mark.parametrize("hadamard", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_kernel_of_maxima(hadamard, interpret):
     case = Case("", 290, 304, (1, 33, 0, 130, 110), hadamard)
     (x, group_sizes, *_), _ = example_inputs(case, 2, jnp.bfloat16)

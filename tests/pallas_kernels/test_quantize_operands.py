@@ -42,7 +42,7 @@ def test_values_are_those_of_the_codes(case):
         (Case("both, drawn", 256, 64, True, True), (True, True)),
         (Case("rows, drawn", 128, 64, False, True), (True, False)),
         (Case("columns", 128, 64, True), (False, True)),
-        (Case("padded, drawn", 144, 80, True, True), (True, True)),
+        pytest.param(Case("padded, drawn", 144, 80, True, True), (True, True), marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

@@ -103,11 +103,9 @@ def distance(value, expected):
     return np.linalg.norm(value - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("name", [pytest.param("nvfp4-no-sr", marks=pytest.mark.slow), "nvfp4"])
-@pytest.mark.parametrize(
-    "axes",
-    ["data=2", *(pytest.param(axes, marks=pytest.mark.slow) for axes in ("fsdp=2", "context=2", "expert=2"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nvfp4-no-sr", "nvfp4"])
+@pytest.mark.parametrize("axes", ["data=2", "fsdp=2", "context=2", "expert=2"])
 def test_experts_with_whole_blocks_equal_those_of_one_device(axes, name):
     """All tokens choose all experts, so the blocks of an expert's tokens are the same on two devices as on one: and so
     are all gradients, those that are rounded stochastically too. Bits are those of a token, and an amax is everyone's.
