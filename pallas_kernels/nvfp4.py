@@ -132,7 +132,7 @@ def quantize_nvfp4(
     amax_blocks = _block_amax(x_blocks, block)
     encode = _encode_scale(rows, E2M1_MAX * bound)
     if error is None:
-        scales = floats.e4m3_code(jnp.minimum(floats.product(amax_blocks, encode * jnp.float32(1 / 6)), 448.0))
+        scales = _block_scales(amax_blocks, encode)
         scaled = floats.product(x_blocks, _block_encode(scales, encode)[..., None])
     else:
         scales, scaled = _choose_scales(x_blocks, amax_blocks, rows, encode, error, bound, block)
@@ -166,9 +166,18 @@ def nvfp4_codes(
     encode = _encode_scale(amax, E2M1_MAX * 448)
     if largest is None:
         largest = floats.absolute_max(x, axis=axis, keepdims=True)
-    scales = floats.e4m3_code(jnp.minimum(floats.product(largest, encode * jnp.float32(1 / 6)), 448.0))
+    scales = _block_scales(largest, encode)
     scaled = floats.product(x, _block_encode(scales, encode))
     return e2m1_nearest_code(scaled) if bits is None else _stochastic_code(scaled, bits), scales
+
+
+def block_scales(largest: Array, amax: Array) -> Array:
+    """The e4m3 codes of the scales, uint8, of blocks with max |x| ``largest`` in a tensor with ``amax``; float32."""
+    return _block_scales(largest, _encode_scale(amax, E2M1_MAX * 448))
+
+
+def _block_scales(largest: Array, encode: Array) -> Array:
+    return floats.e4m3_code(jnp.minimum(floats.product(largest, encode * jnp.float32(1 / 6)), 448.0))
 
 
 def _rows(amax: Array, shape: tuple[int, ...]) -> Array:
@@ -237,12 +246,17 @@ def hadamard16_of(parts: list[Array], axis: int) -> Array:
     return jnp.stack([floats.to_bfloat16(z) if dtype == jnp.bfloat16 else z.astype(dtype) for z in results], axis)
 
 
-def signed_sums(parts: list[Array]) -> list[Array]:
-    """The sums of 16 arrays with the signs of the columns of diag(SIGNS) Sylvester16, each added in order."""
+def hadamard_matrix() -> np.ndarray:
+    """H [16, 16], float64, exact in bfloat16: element i of a block goes with H[i, j] into element j."""
     signs = np.array([1.0])
     for _ in range(4):
         signs = np.block([[signs, signs], [signs, -signs]])
-    positive = np.array(SIGNS)[:, None] * signs > 0
+    return np.array(SIGNS)[:, None] * signs / 4
+
+
+def signed_sums(parts: list[Array]) -> list[Array]:
+    """The sums of 16 arrays with the signs of the columns of diag(SIGNS) Sylvester16, each added in order."""
+    positive = hadamard_matrix() > 0
     sums: dict[tuple[bool, ...], Array] = {}  # of the first parts with these signs: columns begin alike
     for column in positive.T:
         for i in range(BLOCK):

@@ -36,7 +36,7 @@ from jax import Array, lax
 from nemotron_jax.precision.formats import NVFP4, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
 from pallas_kernels import floats, nvfp4_matmul, quantize_operands
-from pallas_kernels.nvfp4 import e2m1_value, global_scale, hadamard16_of, nvfp4_codes, pack
+from pallas_kernels.nvfp4 import e2m1_value, global_scale, hadamard16_of, hadamard_matrix, nvfp4_codes, pack
 from pallas_kernels.nvfp4_matmul import implementation as product_by
 from pallas_kernels.nvfp4_tiles import tile_maxima, tile_operand
 from pallas_kernels.quantize_expert_operands import expert_maxima
@@ -54,6 +54,8 @@ def new_probe() -> Array:
 
     Counted before rounding (after the Hadamard transform): elements that are finite and not zero; those of them that
     become zero; those that lie above the largest value of their block, by more than float32 rounds; NaN and infinities.
+    Where a kernel makes operands, counting repeats the transform as one product, whose sums may differ in the last
+    bit: along tokens the counts may be a few off those of the same operands made by XLA.
     """
     return jnp.zeros((len(OPERANDS), len(COUNTS)), jnp.float32)
 
@@ -99,13 +101,13 @@ def quantized_matmul(x: Array, w: Array, precision: Precision, seed: Array | Non
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _matmul(x_MK: Array, w_KN: Array, seed: Array, probe: Array | None, precision: Precision) -> Array:
-    return _forward(x_MK, w_KN, precision)[0]
+    return _forward(x_MK, w_KN, precision, None)[0]
 
 
-def _forward(x_MK: Array, w_KN: Array, precision: Precision) -> tuple[Array, Array]:
+def _forward(x_MK: Array, w_KN: Array, precision: Precision, probe: Array | None) -> tuple[Array, Array]:
     """The product, and COUNTS of x and w."""
     with jax.named_scope("fprop"):
-        x = _together(x_MK, precision, None, rows=True)[0] or quantize_rows(x_MK, precision)
+        x = _together(x_MK, precision, None, probe, rows=True)[0] or quantize_rows(x_MK, precision)
         w = quantize_weight(w_KN.T, precision)
     return _product(x, w, 1, precision).astype(x_MK.dtype), jnp.stack([x.counts, w.counts])
 
@@ -113,14 +115,14 @@ def _forward(x_MK: Array, w_KN: Array, precision: Precision) -> tuple[Array, Arr
 def _matmul_fwd(
     x: Array, w: Array, seed: Array, probe: Array | None, precision: Precision
 ) -> tuple[Array, tuple[Any, ...]]:
-    y, counts = _forward(x, w, precision)
-    return y, (x, w, seed, None if probe is None else counts)
+    y, counts = _forward(x, w, precision, probe)
+    return y, (x, w, seed, probe, None if probe is None else counts)
 
 
 def _matmul_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> tuple[Array, Array, None, Array | None]:
-    x_MK, w_KN, seed, forward = saved
-    dy, dy_tokens = _together(dy_MN, precision, seed, rows=True, tokens=True)
-    _, x_tokens = _together(x_MK, precision, None, tokens=True)
+    x_MK, w_KN, seed, probe, forward = saved
+    dy, dy_tokens = _together(dy_MN, precision, seed, probe, rows=True, tokens=True)
+    _, x_tokens = _together(x_MK, precision, None, probe, tokens=True)
     with jax.named_scope("dgrad"):
         if dy is None:
             bits = bits_of(precision, seed, DGRAD, _places(dy_MN), dy_MN.shape[1])
@@ -187,7 +189,13 @@ def _blocks(z: Array, amax: Array, axis: int, bits: Array | None, precision: Pre
 
 
 def _together(
-    z_MK: Array, precision: Precision, seed: Array | None, *, rows: bool = False, tokens: bool = False
+    z_MK: Array,
+    precision: Precision,
+    seed: Array | None,
+    probe: Array | None,
+    *,
+    rows: bool = False,
+    tokens: bool = False,
 ) -> tuple[Operand | None, Operand | None]:
     """`quantize_rows` and `quantize_tokens` of one tensor by a kernel that reads it once; None where there is none.
 
@@ -206,19 +214,20 @@ def _together(
         amax_rows = amax_rows if rows else None
         seed = seed if precision.draws else None
         made = quantize_operands(z_MK, amax_rows, amax_tokens, hadamard=precision.hadamard, seed=seed)
-    z_BSK = turned(z_MK, precision) if tokens else None
-    found: list[Operand | None] = []
-    for part, amax, z in zip(made, (amax_rows, amax_tokens), (z_MK, z_BSK), strict=True):
-        if part is None or amax is None or z is None:
-            found.append(None)
-            continue
-        values, scales = part
-        limit = 6 * floats.e4m3_value(scales)
-        if z is z_BSK:  # [B, S, K]
-            limit = limit[:, None]
-        operand = counted_operand(z, values.reshape(z.shape), global_scale(amax), limit)
-        found.append(operand._replace(values=values))
-    return found[0], found[1]
+
+    def operand(rounded: tuple[Array, Array] | None, amax: Array | None, axis: int) -> Operand | None:
+        if rounded is None or amax is None:
+            return None
+        (values, scales), scale = rounded, global_scale(amax)
+
+        def counts() -> Array:
+            z = z_MK.reshape(len(z_MK), -1, 16) if axis == 2 else turned_at_once(z_MK, precision)
+            limit = 6 * floats.e4m3_value(jnp.expand_dims(scales, axis))
+            return counted_operand(z, values.reshape(z.shape), scale, limit).counts
+
+        return Operand(values, scale, counted_if(probe, counts))
+
+    return operand(made[0], amax_rows, 2), operand(made[1], amax_tokens, 1)
 
 
 def turned(z_MK: Array, precision: Precision) -> Array:
@@ -227,6 +236,18 @@ def turned(z_MK: Array, precision: Precision) -> Array:
     if precision.format == "nvfp4" and precision.hadamard:
         z_BSK = hadamard16_of([z_BSK[:, i] for i in range(z_BSK.shape[1])], axis=1)
     return z_BSK
+
+
+def turned_at_once(z_MK: Array, precision: Precision) -> Array:
+    """`turned` of NVFP4 for statistics: a product with the transform's matrix, a hundredth of the operations.
+
+    Terms are exact and summed in float32, in any order, and tiny results may be zero.
+    """
+    z_BSK = z_MK.reshape(-1, 16, z_MK.shape[1])
+    if not precision.hadamard:
+        return z_BSK
+    h_SR = jnp.asarray(hadamard_matrix(), z_MK.dtype)
+    return jnp.einsum("sr,bsk->brk", h_SR, z_BSK, precision=lax.Precision.HIGHEST)
 
 
 @jax.named_scope("rows")

@@ -15,7 +15,6 @@ Shapes: M rows sorted by expert, K inputs, N outputs, E experts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,11 +33,12 @@ from nemotron_jax.precision.quantized import (
     quantize_tokens,
     quantize_weight,
     scale_of,
+    turned_at_once,
 )
 from nemotron_jax.precision.recipe import Precision
 from pallas_kernels import floats, quantize_expert_operands
 from pallas_kernels.grouped_products import multiply_groups, sum_groups
-from pallas_kernels.nvfp4 import global_scale
+from pallas_kernels.nvfp4 import block_scales, global_scale
 from pallas_kernels.nvfp4_tiles import tile_maxima, tile_operand
 from pallas_kernels.quantize_expert_operands import expert_maxima
 from pallas_kernels.quantize_expert_operands import implementation as operands_by
@@ -190,13 +190,28 @@ def _by_kernel(
         entries=entry_M,
     )
 
-    def operand(values: Array | None, amax_E: Array, by_xla: Callable[[Array, _Rows], Operand]) -> Operand | None:
+    def operand(values: Array | None, amax_E: Array, axis: int) -> Operand | None:
         if values is None:
             return None
-        # Statistics are those of the operand that XLA would make, which it then does.
-        return Operand(values, global_scale(amax_E), counted_if(of.probe, lambda: by_xla(z_MK, of).counts))
+        counts = counted_if(of.probe, lambda: _counts(z_MK, values, amax_E, of, axis))
+        return Operand(values, global_scale(amax_E), counts)
 
-    return operand(made[0], maxima.rows, _rows_by_xla), operand(made[1], maxima.tokens, _by_tokens)
+    return operand(made[0], maxima.rows, 2), operand(made[1], maxima.tokens, 1)
+
+
+def _counts(z_MK: Array, values: Array, amax_E: Array, of: _Rows, axis: int) -> Array:
+    """COUNTS of an operand of the kernel, which does not return the scales; blocks along axis 2, or 1 (tokens)."""
+    last = len(of.group_sizes) - 1
+    if axis == 2:
+        expert = _expert_of_row(z_MK, of)
+        z = _within_groups(z_MK, expert, of).reshape(len(z_MK), -1, 16)
+    else:
+        whole = whole_blocks(of.group_sizes, len(z_MK), 16)
+        expert = whole.expert_of_block
+        z = turned_at_once(whole.filled(z_MK), of.precision)
+    amax = amax_E[jnp.minimum(expert, last)][:, None, None]
+    scales = block_scales(floats.absolute_max(z, axis=axis, keepdims=True), amax)
+    return counted_operand(z, values.reshape(z.shape), global_scale(amax), 6 * floats.e4m3_value(scales)).counts
 
 
 def _by_rows(z_MK: Array, of: _Rows, maxima: _Maxima | None) -> Operand:
@@ -205,14 +220,23 @@ def _by_rows(z_MK: Array, of: _Rows, maxima: _Maxima | None) -> Operand:
 
 
 def _rows_by_xla(z_MK: Array, of: _Rows) -> Operand:
-    ends = jnp.cumsum(of.group_sizes)
-    expert_M = jnp.searchsorted(ends, jnp.arange(len(z_MK)), side="right")  # E past the last group
+    expert_M, experts = _expert_of_row(z_MK, of), len(of.group_sizes)
     largest_M = floats.absolute_max(z_MK, axis=1)
-    amax_E = jnp.zeros(len(ends), jnp.float32).at[expert_M].max(largest_M, mode="drop")
+    amax_E = jnp.zeros(experts, jnp.float32).at[expert_M].max(largest_M, mode="drop")
     amax_E = of_all(amax_E, of.over)
-    amax_M = amax_E[jnp.minimum(expert_M, len(ends) - 1)]
-    z = quantize_rows(z_MK, of.precision, of.bits(DGRAD, z_MK.shape[1]), amax_M[:, None])
+    amax_M = amax_E[jnp.minimum(expert_M, experts - 1)]
+    z = quantize_rows(_within_groups(z_MK, expert_M, of), of.precision, of.bits(DGRAD, z_MK.shape[1]), amax_M[:, None])
     return Operand(z.values, scale_of(amax_E, of.precision), z.counts)
+
+
+def _expert_of_row(z_MK: Array, of: _Rows) -> Array:
+    """[M]; E past the last group."""
+    return jnp.searchsorted(jnp.cumsum(of.group_sizes), jnp.arange(len(z_MK)), side="right")
+
+
+def _within_groups(z_MK: Array, expert_M: Array, of: _Rows) -> Array:
+    """Zeros past the last group, which nobody reads and so nobody should count."""
+    return jnp.where((expert_M < len(of.group_sizes))[:, None], z_MK, 0)
 
 
 def _by_tokens(z_MK: Array, of: _Rows) -> Operand:

@@ -16,7 +16,16 @@ from nemotron_jax.model.context import Context
 from nemotron_jax.parallel.mesh import make_mesh
 from nemotron_jax.precision import quantized_experts
 from nemotron_jax.precision.matmul import expert_matmul, matmul
-from nemotron_jax.precision.quantized import COUNTS, DGRAD, OPERANDS, WGRAD, new_probe, random_bytes
+from nemotron_jax.precision.quantized import (
+    COUNTS,
+    DGRAD,
+    OPERANDS,
+    WGRAD,
+    new_probe,
+    random_bytes,
+    turned,
+    turned_at_once,
+)
 from nemotron_jax.precision.recipe import Precision
 from nemotron_jax.run_config import ParallelConfig
 from pallas_kernels import quantize_expert_operands_mosaic, quantize_operands_mosaic
@@ -235,14 +244,14 @@ def test_the_kernel_of_both_operands_changes_no_bit(monkeypatch):
     x, w, dy = (jnp.asarray(normal(size=s), jnp.bfloat16) for s in ((128, 64), (64, 128), (128, 128)))
     precision = Precision("bfloat16", "nvfp4")
 
-    def run():
-        def gradients(x, w, dy):
-            y, pull = jax.vjp(lambda *z: matmul(*z[:2], precision, SEED, z[2]), x, w, new_probe())
+    def run(probe):
+        def gradients(x, w, dy, probe):
+            y, pull = jax.vjp(lambda *z: matmul(*z[:2], precision, SEED, z[2]), x, w, probe)
             return y, *pull(dy)
 
-        return jax.jit(gradients)(x, w, dy)
+        return jax.jit(gradients)(x, w, dy, probe)
 
-    want = run()
+    want = run(new_probe())
     calls = []
 
     def interpreted(*arguments):
@@ -257,11 +266,26 @@ def test_the_kernel_of_both_operands_changes_no_bit(monkeypatch):
     of_experts = importlib.import_module("pallas_kernels.quantize_expert_operands")
     monkeypatch.setitem(of_experts._IMPLEMENTATIONS, "mosaic", (None, maxima))
     with compiling_for("sm_90a"):
-        got = run()
+        got = run(new_probe())
+        uncounted = run(new_probe() + 1)
     # x; dy; x for the weight's gradient
-    assert calls == [[True, False], "maxima", [True, True], "maxima", [False, True]]
-    for a, b in zip(got, want, strict=True):
+    assert calls == 2 * [[True, False], "maxima", [True, True], "maxima", [False, True]]
+    for a, b, c in zip(got[:3], want[:3], uncounted[:3], strict=True):
         np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(c, b)
+    np.testing.assert_allclose(got[3], want[3], rtol=1e-3)
+    assert (np.asarray(uncounted[3]).any(1) == [name == "w" for name in OPERANDS]).all()
+
+
+def test_the_transform_that_statistics_repeat():
+    """One product in place of sums in order: the last bit of few results, and no more, may be another."""
+    z = jnp.asarray(np.random.default_rng(3).normal(size=(512, 128)), jnp.bfloat16)
+    precision = Precision("bfloat16", "nvfp4")
+    once, again = (np.asarray(f(z, precision), np.float32) for f in (turned, turned_at_once))
+    np.testing.assert_allclose(again, once, rtol=2**-7, atol=1e-6)
+    assert (again != once).mean() < 1e-3
+    plain = Precision("bfloat16", "nvfp4", hadamard=False)
+    np.testing.assert_array_equal(turned_at_once(z, plain), turned(z, plain))
 
 
 def test_no_two_weights_of_a_layer_draw_the_same_bits():
@@ -377,8 +401,10 @@ def test_the_kernels_of_experts_change_no_bit(monkeypatch):
     with compiling_for("sm_90a"):
         got = run()
     assert calls == ["maxima", [True, False], "maxima", [True, True], [False, True]]
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(got[:3], want[:3], strict=True):
         np.testing.assert_array_equal(a[:43] if len(a) == 45 else a, b[:43] if len(b) == 45 else b)
+    np.testing.assert_allclose(got[3], want[3], rtol=1e-3)
+    assert got[3][0, COUNTS.index("non_zero")] == (x[:43] != 0).sum()  # not of rows past the last group
 
 
 def test_what_takes_a_pass_is_counted_where_it_is_wanted():
