@@ -95,6 +95,7 @@ def flag_of(command, name):
 def test_runs_at_once_have_a_gpu_each_and_the_same_tokens(at_once, tmp_path, monkeypatch):
     """train.py is not run here: what it was given, with which environment, and what its folder held."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)  # commands that other tests call set it
     (tmp_path / "text.txt").write_text("some words of text " * 400)
     seen = []
 
