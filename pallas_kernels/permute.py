@@ -100,6 +100,24 @@ def _rows_at(rows, index):
     return rows.at[index].get(mode="promise_in_bounds")
 
 
+def sum_over_slots(
+    rows: jax.Array, row_map: jax.Array, weights: jax.Array | None = None, *, absent: bool = False
+) -> jax.Array:
+    """[R, D], [M, K] int32 -> [M, D] in rows's dtype: each token's rows, times their weights [M, K], added.
+
+    absent: a slot may have a row past R, and then adds nothing. Summed in float32 (float64 for float64 inputs) in the
+    order of the slots; gathered one slot at a time, so that [M, K, D] is never held.
+    """
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    total = jnp.zeros((row_map.shape[0], rows.shape[1]), dtype)
+    for slot in range(row_map.shape[1]):
+        index = row_map[:, slot]
+        row = rows.at[index].get(mode="fill", fill_value=0) if absent else _rows_at(rows, index)
+        row = row.astype(dtype)
+        total += row if weights is None else weights[:, slot, None].astype(dtype) * row
+    return total.astype(rows.dtype)
+
+
 @jax.custom_vjp
 def _copy_rows(x, entry_of_row, row_map):
     return _rows_at(x, entry_of_row // row_map.shape[1])
@@ -110,11 +128,7 @@ def _copy_rows_fwd(x, entry_of_row, row_map):
 
 
 def _copy_rows_bwd(row_map, d_rows):
-    dtype = jnp.promote_types(d_rows.dtype, jnp.float32)
-    d_x = jnp.zeros((row_map.shape[0], d_rows.shape[1]), dtype)
-    for slot in range(row_map.shape[1]):
-        d_x += _rows_at(d_rows, row_map[:, slot]).astype(dtype)
-    return d_x.astype(d_rows.dtype), None, None
+    return sum_over_slots(d_rows, row_map), None, None
 
 
 _copy_rows.defvjp(_copy_rows_fwd, _copy_rows_bwd)
@@ -122,12 +136,8 @@ _copy_rows.defvjp(_copy_rows_fwd, _copy_rows_bwd)
 
 @jax.custom_vjp
 def unpermute_reference(rows: jax.Array, row_map: jax.Array, weights: jax.Array) -> jax.Array:
-    """Gather and add one slot at a time: [M, K, D] is never held."""
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    y = jnp.zeros((row_map.shape[0], rows.shape[1]), dtype)
-    for slot in range(row_map.shape[1]):
-        y += weights[:, slot, None].astype(dtype) * _rows_at(rows, row_map[:, slot]).astype(dtype)
-    return y.astype(rows.dtype)
+    """As `unpermute`."""
+    return sum_over_slots(rows, row_map, weights)
 
 
 def _unpermute_fwd(rows, row_map, weights):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import floats, quantize_expert_operands_mosaic
+from pallas_kernels import floats, quantize_expert_operands_mosaic, quantize_operands_mosaic
 from pallas_kernels.cost import BF16, Cost
 from pallas_kernels.dispatch import choose, require_shape, sharded
 from pallas_kernels.grouped_matmul import random_loads
@@ -81,7 +81,7 @@ def expert_maxima(x: jax.Array, group_sizes: jax.Array, *, hadamard: bool = Fals
 
 def implementation(x: jax.Array, impl: str | None = None) -> str:
     """The implementation that `quantize_expert_operands` runs for x [M, N]."""
-    unfit = quantize_expert_operands_mosaic.unfit(x) or sharded()
+    unfit = quantize_operands_mosaic.unfit(x) or sharded()
     return choose("quantize_expert_operands", impl, unfit={"mosaic": unfit})
 
 

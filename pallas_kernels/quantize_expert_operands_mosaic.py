@@ -55,13 +55,6 @@ class _Tiles(NamedTuple):
     place: jax.Array
 
 
-def unfit(x: jax.Array) -> str:
-    """Why the kernels cannot take x [M, N], or ""."""
-    if x.dtype != jnp.bfloat16:
-        return f"x must be bfloat16, got {x.dtype}"
-    return "" if x.size else "x is empty"
-
-
 def quantize_expert_operands(
     x: jax.Array,
     group_sizes: jax.Array,

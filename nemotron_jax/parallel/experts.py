@@ -20,7 +20,7 @@ one device to another, Z devices.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,16 +29,12 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from nemotron_jax.parallel.experts_gathered import everywhere
+from nemotron_jax.parallel.experts_gathered import ROOM, Apply, everywhere
 from nemotron_jax.parallel.local import Axes, gathered, per_device, together
 from nemotron_jax.parallel.mesh import mesh_axes, shards
 from pallas_kernels import permute, unpermute
 from pallas_kernels.packed import Packed
 from pallas_kernels.zeros import zeros_after
-
-# Rows of a round over the mean. A device's load is the sum over its experts: with the loads of
-# pallas_kernels.grouped_matmul.random_loads, the largest of 64 devices with 8 experts each is 1.35 times the mean.
-ROOM = 1.5
 
 # What a layer that is computed again keeps all the same (jax.checkpoint): the rows would travel a third time for it.
 KEPT = "routed"
@@ -52,10 +48,6 @@ class Draw(NamedTuple):
 
     seed: Array
     entry_M: Array
-
-
-# (weights, rows [M, L] sorted by expert, rows of each expert, what to draw random bits from) -> [M, L]
-Apply = Callable[[Any, Array, Array, Draw | None], Array]
 
 
 def routed(

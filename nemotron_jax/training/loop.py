@@ -42,7 +42,7 @@ from nemotron_jax.training.plot import loss_png
 from nemotron_jax.training.progress import Progress, human, mfu, startup_table
 from nemotron_jax.training.signals import StopRequest
 from nemotron_jax.training.state import TrainSetup, TrainState
-from nemotron_jax.training.step import global_batch, make_train_step, make_validation_step
+from nemotron_jax.training.step import global_batch, is_logged, make_train_step, make_validation_step
 
 DONE, DIVERGED, STOPPED = 0, 3, 75
 GATHERED_BYTES = 8e9  # of weights that fit on one device beside its share of the run
@@ -140,7 +140,7 @@ class Run:
                 if int(skipped) >= self.config.train.max_skipped_steps:
                     return self._diverged(step - 1)
                 skipped = metrics["skipped_in_a_row"]
-                if step % self.config.log.every == 0 or step in (1, steps):
+                if is_logged(step, self.config):
                     self._log(step, metrics, timer)
                     timer = _Timer(step, time.perf_counter())
                 paused = time.perf_counter()

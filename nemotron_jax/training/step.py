@@ -20,6 +20,7 @@ from nemotron_jax.model.context import Context, mix_seed
 from nemotron_jax.parallel import mesh as meshes
 from nemotron_jax.parallel.stack import stacked, unstacked
 from nemotron_jax.parallel.xla import compiler_options
+from nemotron_jax.run_config import RunConfig
 from nemotron_jax.training.losses import loss_fn, microbatches, totals
 from nemotron_jax.training.optimizer import learning_rate
 from nemotron_jax.training.state import TrainSetup, TrainState
@@ -82,11 +83,15 @@ def _train_step(setup: TrainSetup, state: TrainState, batch: Batch) -> tuple[Tra
     return new_state, shown | _expert_load(counts)
 
 
+def is_logged(step: Any, config: RunConfig) -> Any:
+    """Whether the metrics of a step, an int or an array, are written down: a bool, or an array of one."""
+    return (step % config.log.every == 0) | (step == 1) | (step == config.train.steps)
+
+
 def _probes(setup: TrainSetup, step: Array) -> dict[str, Array]:
-    """Zeros, for statistics, in the steps that are logged (training/loop.py); ones, which leave most out, in others."""
-    config = setup.config
-    logged = (step % config.log.every == 0) | (step == 1) | (step == config.train.steps)
-    return {name: jnp.where(logged, probe, 1.0) for name, probe in new_probes(setup.recipe, config.model).items()}
+    """Zeros, for statistics, in the steps that are logged; ones, which leave most out, in others."""
+    logged = is_logged(step, setup.config)
+    return {name: jnp.where(logged, probe, 1.0) for name, probe in new_probes(setup.recipe, setup.config.model).items()}
 
 
 def _gradients(
