@@ -35,7 +35,6 @@ from pallas_kernels.nvfp4 import (
     BLOCK,
     NVFP4,
     block_parameters,
-    e2m1_nearest_size,
     e2m1_stochastic_size,
     signed_sums,
 )
@@ -101,6 +100,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
             (codes_t_g, codes_t_s, (tile_b, b_blocks, BLOCK), (tile_a, A, 2)),
         ]
         (x_in, x_to), *results = [tile_ends(*copy, interpret) for copy in copies]
+        numbers = [numbers_g[i] for i in range(6 if stochastic else 4)]  # while x comes
         plgpu.copy_gmem_to_smem(x_in, x_to, full)
         plgpu.barrier_wait(full)
 
@@ -110,10 +110,10 @@ def _kernel(m, n, hadamard, stochastic, interpret):
             if stochastic:
                 along = functools.partial(iota, (together, BLOCK, b_blocks, 1))
                 token = (tile_a + i * together + along(0)) * BLOCK + along(1)
-                draw = row_bytes(bits_of_rows(numbers_g[4], token), tile_b + along(2))
+                draw = row_bytes(bits_of_rows(numbers[4], token), tile_b + along(2))
             words = [load_words(x_s.at[here, :, :, pl.ds(j, 1)], (together, BLOCK, b_blocks, 1)) for j in range(8)]
             parts = [half for word in words for half in halves(word)]
-            scale, packed = _quantized(parts, numbers_g[0], numbers_g[1], draw, interpret)
+            scale, packed = _quantized(parts, numbers[0], numbers[1], draw, interpret)
             for w in range(2):
                 codes_s.at[here, :, :, pl.ds(w, 1)][...] = packed[w]
             there = pl.ds(tile_a + i * together, together)
@@ -130,13 +130,13 @@ def _kernel(m, n, hadamard, stochastic, interpret):
             bytes_of = None
             if stochastic:
                 along = functools.partial(iota, shape)
-                of_tokens = bits_of_blocks(numbers_g[5], tile_a + a + along(2))
+                of_tokens = bits_of_blocks(numbers[5], tile_a + a + along(2))
                 bytes_of = column_bytes(of_tokens, tile_b + b + along(0), along(1))
             for parity in range(2):
                 parts = [halves(word)[parity] for word in words]
-                parts = transformed(parts) if hadamard else parts
+                parts = transformed(parts, interpret) if hadamard else parts
                 draw = bytes_of(parity) if bytes_of else None
-                scale, packed = _quantized(parts, numbers_g[2], numbers_g[3], draw, interpret)
+                scale, packed = _quantized(parts, numbers[2], numbers[3], draw, interpret)
                 for w in range(2):
                     codes_t_s.at[pl.ds(b, 4), :, parity, pl.ds(a, 4), pl.ds(w, 1)][...] = packed[w]
                 there = scales_t_g.at[pl.ds(tile_b + b, 4), :, parity, pl.ds(tile_a + a, 4), :]
@@ -147,7 +147,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
         plgpu.commit_smem()
         for to, made in results:
             plgpu.copy_smem_to_gmem(made, to)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     blocks_m, blocks_n = m // BLOCK, n // BLOCK
     codes: list[tuple[int, ...]] = [(m, n // 8), (n, m // 8)]
@@ -236,48 +236,112 @@ def bits_of_blocks(stream: Any, block_of_rows: Any) -> list[Any]:
     return [bits_of_rows(stream, block_of_rows * BLOCK + row) for row in range(BLOCK)]
 
 
-def transformed(parts: list[Any]) -> list[Any]:
+def transformed(parts: list[Any], interpret: Interpret) -> list[Any]:
     """The Hadamard transform of 16 arrays, rounded to bfloat16: opaque to XLA, this cast is not removed."""
-    return [z.astype(jnp.bfloat16).astype(jnp.float32) for z in signed_sums([part * 0.25 for part in parts])]
+    sums = signed_sums([part * 0.25 for part in parts])
+    if interpret is not None:
+        return [z.astype(jnp.bfloat16).astype(jnp.float32) for z in sums]
+    # Two at a time: a conversion of one goes to a pipe that takes one every eight cycles.
+    pairs = zip(sums[::2], sums[1::2], strict=True)
+    return [half for pair in pairs for half in halves(_asm("cvt.rn.bf16x2.f32 $0, $2, $1;", jnp.uint32, *pair))]
 
 
-def rounded(
-    parts: list[Any], sixth: Any, decode: Any, draw: list[Any] | None, interpret: Interpret
-) -> tuple[Any, Any, list[Any]]:
-    """16 float32 arrays, element by element one block.
+def scaled(parts: list[Any], sixth: Any, decode: Any, interpret: Interpret) -> tuple[Any, Any, list[Any]]:
+    """16 float32 arrays, element by element one block, in units of its scale.
 
     Args:
       sixth, decode: the bits of `block_parameters`.
-      draw: bytes (uint32) like the parts, for stochastic rounding.
 
     Returns:
-      the scale: its e4m3 code uint32, and its value; 16 E2M1 codes uint32, of any value where the scale is NaN.
+      the scale: its e4m3 code uint32, and its value; the parts, which E2M1 is to round.
     """
     shape = parts[0].shape
     sixth, decode = (lax.bitcast_convert_type(lax.broadcast(z, shape), jnp.float32) for z in (sixth, decode))
     largest = functools.reduce(jnp.maximum, [jnp.abs(part) for part in parts])
     scale, value = _e4m3(largest * sixth, interpret)
     inverse = jnp.minimum(_reciprocal(value * decode, interpret), floats.FLOAT32_MAX)
-    codes = []
-    for i, part in enumerate(parts):
-        scaled = part * inverse
-        if draw is None:
-            sign = jnp.where(scaled < 0, jnp.uint32(8), jnp.uint32(0))
-            codes.append(e2m1_nearest_size(jnp.abs(scaled)) | sign)
-        else:
-            sign = (lax.bitcast_convert_type(scaled, jnp.uint32) >> jnp.uint32(28)) & jnp.uint32(8)
-            codes.append(e2m1_stochastic_size(jnp.abs(scaled), draw[i]) | sign)
-    return scale, value, codes
+    return scale, value, [part * inverse for part in parts]
+
+
+def stochastic_code(x: Any, draw: Any) -> Any:
+    """E2M1 code uint32 of float32 by a byte (uint32)."""
+    sign = (lax.bitcast_convert_type(x, jnp.uint32) >> jnp.uint32(28)) & jnp.uint32(8)
+    return e2m1_stochastic_size(jnp.abs(x), draw) | sign
 
 
 def _quantized(parts, sixth, decode, draw, interpret):
-    """`rounded`: the codes of scales, and 8 E2M1 codes each in two arrays uint32."""
-    scale, value, codes = rounded(parts, sixth, decode, draw, interpret)
+    """The codes of scales, and 8 E2M1 codes each in two arrays uint32; ``draw``: a byte for each of the parts."""
+    scale, value, parts = scaled(parts, sixth, decode, interpret)
+    if draw is None:
+        codes = [nearest_code(part, interpret) for part in parts]
+    else:
+        codes = [stochastic_code(part, each) for part, each in zip(parts, draw, strict=True)]
     packed = [functools.reduce(lambda word, code: word * jnp.uint32(16) + code, codes[w : w + 8][::-1]) for w in (0, 8)]
     if draw is None:  # to nearest, NaN is 0; a GPU's NaN has all bits set
+        excess = jnp.uint32(sum(EXCESS << 4 * i for i in range(8)) % 2**32)
         kept = jnp.where(jnp.isnan(value), jnp.uint32(0), jnp.uint32(0xFFFFFFFF))
-        packed = [word & kept for word in packed]
+        packed = [(word - excess) & kept for word in packed]
     return scale, packed
+
+
+ROUNDING = 1.5 * 2.0**25  # what is added to it is rounded to fours, ties to even, and the lowest bits count them
+EXCESS = 0x4C400000  # its own bits
+
+
+def nearest_code(x: Any, interpret: Interpret) -> Any:
+    """E2M1 code of float32, to nearest, ties to even; uint32, with EXCESS beyond the lowest four bits.
+
+    A GPU compares and selects half as fast as it adds, but it clips a sum to 0 .. 1 for nothing. Sizes up to 2 are four
+    codes, from there to 4 are two and to 6 are one: what is clipped counts so often, and is rounded as it is added. A
+    tie goes to an even sum, and the sums before are even.
+    """
+    half = jnp.abs(x) * 0.5
+    code = jnp.where(x < 0, jnp.float32(ROUNDING + 4 * 8), jnp.float32(ROUNDING))
+    for codes, begin in ((4, 0.0), (2, 1.0), (1, 2.0)):
+        code = code + jnp.float32(4 * codes) * _clipped(half, begin, interpret)  # twice would become a sum of its own
+    return lax.bitcast_convert_type(code, jnp.uint32)
+
+
+def nearest_value(x: Any) -> Any:
+    """The value of E2M1 that is nearest to a float32, ties to even; any where x is NaN. -0 stays -0, whose code is 0.
+
+    Added to 1.5 * 2^22 of the steps of E2M1 about x, a float32 is rounded to whole steps.
+    """
+    x = jnp.clip(x, -6.0, 6.0)
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    power = jnp.maximum(bits & jnp.uint32(0x7F800000), jnp.uint32(0x3F800000))  # of x, 1 at least
+    large = lax.bitcast_convert_type(power + jnp.uint32((22 << 23) + (1 << 22)), jnp.float32)
+    nearest = lax.bitcast_convert_type((x + large) - large, jnp.uint32)
+    return lax.bitcast_convert_type(nearest | bits & jnp.uint32(0x80000000), jnp.float32)
+
+
+def stochastic_value(x: Any, draw: Any, interpret: Interpret) -> Any:
+    """The value of `stochastic_code`, with the sign of zero; any where x is NaN.
+
+    The sum of |x| and a share of its step is cut to whole steps, of |x| too: one that reaches the next power of two
+    stays there.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    power = jnp.maximum(bits & jnp.uint32(0x7F800000), jnp.uint32(0x3F800000))  # of x, 1 at least; twice its step
+    share = lax.bitcast_convert_type(power - jnp.uint32(9 << 23), jnp.float32)  # a 256th of the step
+    # A byte in the lowest bits of 2^23: a conversion takes the pipe that is the slowest.
+    byte = lax.bitcast_convert_type(draw | jnp.uint32(0x4B000000), jnp.float32) - jnp.float32(2.0**23)
+    moved = jnp.abs(x) + byte * share
+    if interpret is None:
+        large = lax.bitcast_convert_type(power + jnp.uint32(22 << 23), jnp.float32)
+        cut = _asm("add.rz.f32 $0, $1, $2;", jnp.float32, moved, large) - large
+    else:
+        step = share * 256
+        cut = jnp.floor(moved / step) * step
+    size = lax.bitcast_convert_type(jnp.minimum(cut, 6.0), jnp.uint32)
+    return lax.bitcast_convert_type(size | bits & jnp.uint32(0x80000000), jnp.float32)
+
+
+def _clipped(x, begin, interpret):
+    """x - begin within 0 .. 1."""
+    if interpret is not None:
+        return jnp.clip(x - begin, 0.0, 1.0)
+    return _asm(f"add.sat.f32 $0, $1, 0f{int(np.float32(-begin).view(np.uint32)):08X};", jnp.float32, x)
 
 
 def _e4m3(x, interpret):
@@ -285,32 +349,36 @@ def _e4m3(x, interpret):
     if interpret is not None:  # which knows no registers
         code = floats.e4m3_code(x)
         return code.astype(jnp.uint32), floats.e4m3_value(code)
-    code = _asm("cvt.rn.satfinite.e4m3x2.f32 two, 0f00000000, $1; cvt.u32.u16 $0, two;", x, jnp.uint32)
+    registers = ".reg .b16 two, high; .reg .b32 pair;"
+    code = _asm(registers + "cvt.rn.satfinite.e4m3x2.f32 two, 0f00000000, $1; cvt.u32.u16 $0, two;", jnp.uint32, x)
     halves = "cvt.u16.u32 two, $1; cvt.rn.f16x2.e4m3x2 pair, two; mov.b32 {two, high}, pair; cvt.f32.f16 $0, two;"
-    return code, _asm(halves, code, jnp.float32)
+    return code, _asm(registers + halves, jnp.float32, code)
 
 
 def _reciprocal(x, interpret):
     """1 / x of float32, correctly rounded, subnormal or not. (Mosaic divides approximately.)"""
-    return 1.0 / x if interpret is not None else _asm("rcp.rn.f32 $0, $1;", x, jnp.float32)
+    return 1.0 / x if interpret is not None else _asm("rcp.rn.f32 $0, $1;", jnp.float32, x)
 
 
-def _asm(instructions, x, dtype):
-    """PTX from $1, a float32 or uint32, to $0, one of the two; for every element."""
-    layout = _strided(x.shape)
+def _asm(instructions, dtype, *operands):
+    """PTX from $1, $2, ..., each a float32 or uint32, to $0, one of the two; for every element."""
+    shape = operands[0].shape
+    layout = _strided(shape)
 
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout=layout))
-    def apply(_, array):
+    @plgpu.inline_mgpu(
+        arg_types=(layout,) * len(operands), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
+    )
+    def apply(_, *arrays):
         f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
         kinds = {jnp.dtype(jnp.float32): (f32, "f"), jnp.dtype(jnp.uint32): (i32, "r")}
-        (_, x_kind), (of_result, result_kind) = kinds[x.dtype], kinds[jnp.dtype(dtype)]
-        registers = np.empty_like(array.registers)
+        of_result, result_kind = kinds[jnp.dtype(dtype)]
+        constraints = ",".join([f"={result_kind}", *(kinds[x.dtype][1] for x in operands)])
+        registers = np.empty_like(arrays[0].registers)
         for i in np.ndindex(registers.shape):
-            operand = vector.extract(array.registers[i], [], [0])
-            code = "{ .reg .b16 two, high; .reg .b32 pair; " + instructions + " }"
-            result = llvm.inline_asm(of_result, [operand], code, f"={result_kind},{x_kind}")
+            given = [vector.extract(array.registers[i], [], [0]) for array in arrays]
+            result = llvm.inline_asm(of_result, given, "{ " + instructions + " }", constraints)
             registers[i] = vector.broadcast(ir.VectorType.get((1,), of_result), result)
         signed = None if of_result == f32 else False
-        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=signed)
+        return mgpu.FragmentedArray(_registers=registers, _layout=arrays[0].layout, _is_signed=signed)
 
-    return apply(x)
+    return apply(*operands)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import Interpret, kernel_call
-from pallas_kernels.nvfp4 import BLOCK, e2m1_value
+from pallas_kernels.nvfp4 import BLOCK
 from pallas_kernels.quantize_mosaic import (
     THREADS,
     bits_of_blocks,
@@ -28,8 +28,10 @@ from pallas_kernels.quantize_mosaic import (
     halves,
     iota,
     load_words,
-    rounded,
+    nearest_value,
     row_bytes,
+    scaled,
+    stochastic_value,
     tile_ends,
     transformed,
 )
@@ -157,7 +159,8 @@ def round_rows(
 ) -> Any:
     """Tile x_s [A, 16, B, 8], from its a-th block of rows on -> the same of rows_s; e4m3 codes uint32 of the scales.
 
-    The other arguments are those of `quantize_mosaic.rounded`; arrays are as OF_ROWS.
+    The other arguments are those of `quantize_mosaic.scaled`, and a byte of each part for stochastic rounding; arrays
+    are as OF_ROWS.
     """
     here = pl.ds(a, OF_ROWS[0])
     words = [load_words(x_s.at[here, :, :, pl.ds(j, 1)], OF_ROWS) for j in range(8)]
@@ -188,7 +191,7 @@ def round_columns(
     scales, made = [], []
     for parity in range(2):
         parts = [halves(word)[parity] for word in words]
-        parts = transformed(parts) if hadamard else parts
+        parts = transformed(parts, interpret) if hadamard else parts
         scale, operands = _operands(parts, sixth, decode, bytes_of(parity) if bytes_of else None, interpret)
         scales.append(scale)
         made.append(operands)
@@ -199,8 +202,10 @@ def round_columns(
 
 def _operands(parts, sixth, decode, draw, interpret):
     """The codes of scales, and 16 arrays of code * scale, float32 that are bfloat16."""
-    scale, value, codes = rounded(parts, sixth, decode, draw, interpret)
-    return scale, [e2m1_value(code) * value for code in codes]
+    scale, value, parts = scaled(parts, sixth, decode, interpret)
+    if draw is None:
+        return scale, [nearest_value(part) * value for part in parts]
+    return scale, [stochastic_value(part, each, interpret) * value for part, each in zip(parts, draw, strict=True)]
 
 
 def _pair(low, high):
