@@ -13,6 +13,7 @@ from pallas_kernels.permute import permute, unpermute
 from pallas_kernels.quantize import quantize
 from pallas_kernels.quantize_expert_operands import quantize_expert_operands
 from pallas_kernels.quantize_operands import quantize_operands
+from pallas_kernels.quantize_tiles import quantize_tiles
 from pallas_kernels.ssd import ssd
 from pallas_kernels.take_rows import take_rows
 
@@ -28,6 +29,7 @@ __all__ = [
     "quantize",
     "quantize_expert_operands",
     "quantize_operands",
+    "quantize_tiles",
     "ssd",
     "take_rows",
     "unpermute",

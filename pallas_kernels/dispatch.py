@@ -75,6 +75,7 @@ OPS: dict[str, dict[str, SupportCheck]] = {
     "nvfp4_matmul": {"cudnn": on_blackwell, "reference": _anywhere},
     "quantize_operands": {"mosaic": on_hopper, "reference": _anywhere},
     "quantize_expert_operands": {"mosaic": on_hopper, "reference": _anywhere},
+    "quantize_tiles": {"mosaic": on_hopper, "reference": _anywhere},
     "quantize": {"mosaic": on_hopper, "reference": _anywhere},
     "permute": {"reference": _anywhere},
     "unpermute": {"reference": _anywhere},

@@ -246,18 +246,26 @@ def transformed(parts: list[Any], interpret: Interpret) -> list[Any]:
     return [half for pair in pairs for half in halves(_asm("cvt.rn.bf16x2.f32 $0, $2, $1;", jnp.uint32, *pair))]
 
 
-def scaled(parts: list[Any], sixth: Any, decode: Any, interpret: Interpret) -> tuple[Any, Any, list[Any]]:
-    """16 float32 arrays, element by element one block, in units of its scale.
+def scaled(
+    parts: list[Any],
+    sixth: Any,
+    decode: Any,
+    interpret: Interpret,
+    across: Callable[[Any], Any] = lambda largest: largest,
+) -> tuple[Any, Any, list[Any]]:
+    """16 float32 arrays, element by element one block, in units of its scale; or any number of them, part of it.
 
     Args:
-      sixth, decode: the bits of `block_parameters`.
+      sixth, decode: the bits of `block_parameters`, each one number or like the parts.
+      across: from the largest of the parts to that of the block, where others have more of it.
 
     Returns:
       the scale: its e4m3 code uint32, and its value; the parts, which E2M1 is to round.
     """
     shape = parts[0].shape
-    sixth, decode = (lax.bitcast_convert_type(lax.broadcast(z, shape), jnp.float32) for z in (sixth, decode))
-    largest = functools.reduce(jnp.maximum, [jnp.abs(part) for part in parts])
+    sixth, decode = (z if z.shape else lax.broadcast(z, shape) for z in (sixth, decode))
+    sixth, decode = (lax.bitcast_convert_type(z, jnp.float32) for z in (sixth, decode))
+    largest = across(functools.reduce(jnp.maximum, [jnp.abs(part) for part in parts]))
     scale, value = _e4m3(largest * sixth, interpret)
     inverse = jnp.minimum(_reciprocal(value * decode, interpret), floats.FLOAT32_MAX)
     return scale, value, [part * inverse for part in parts]
@@ -358,6 +366,15 @@ def _e4m3(x, interpret):
 def _reciprocal(x, interpret):
     """1 / x of float32, correctly rounded, subnormal or not. (Mosaic divides approximately.)"""
     return 1.0 / x if interpret is not None else _asm("rcp.rn.f32 $0, $1;", jnp.float32, x)
+
+
+def largest_of_neighbours(x: Any, interpret: Interpret) -> Any:
+    """float32 [..., 8], laid out as what `load_words` loads -> the largest of each 8 threads, in all of them."""
+    if interpret is not None:
+        return lax.broadcast_in_dim(jnp.max(x, axis=-1), x.shape, range(x.ndim - 1))
+    for distance in (1, 2, 4):
+        x = jnp.maximum(x, _asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;", jnp.float32, x))
+    return x
 
 
 def _asm(instructions, dtype, *operands):

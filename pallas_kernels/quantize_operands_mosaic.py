@@ -167,7 +167,7 @@ def round_rows(
     parts = [half for word in words for half in halves(word)]
     scale, operands = _operands(parts, sixth, decode, draw, interpret)
     for j in range(8):
-        rows_s.at[here, :, :, pl.ds(j, 1)][...] = _pair(operands[2 * j], operands[2 * j + 1])
+        rows_s.at[here, :, :, pl.ds(j, 1)][...] = word_of(operands[2 * j], operands[2 * j + 1])
     return scale
 
 
@@ -196,7 +196,7 @@ def round_columns(
         scales.append(scale)
         made.append(operands)
     for row, pair in enumerate(zip(*made, strict=True)):
-        to_s.at[pl.ds(a, OF_COLUMNS[0]), pl.ds(row, 1), :, :][...] = _pair(*pair)
+        to_s.at[pl.ds(a, OF_COLUMNS[0]), pl.ds(row, 1), :, :][...] = word_of(*pair)
     return scales
 
 
@@ -208,7 +208,7 @@ def _operands(parts, sixth, decode, draw, interpret):
     return scale, [stochastic_value(part, each, interpret) * value for part, each in zip(parts, draw, strict=True)]
 
 
-def _pair(low, high):
+def word_of(low: Any, high: Any) -> Any:
     """Two float32 that are bfloat16 -> uint32."""
     low, high = (lax.bitcast_convert_type(z, jnp.uint32) for z in (low, high))
     return low >> jnp.uint32(16) | high & jnp.uint32(0xFFFF0000)

@@ -32,6 +32,7 @@ _permute = importlib.import_module("pallas_kernels.permute")
 _quantize = importlib.import_module("pallas_kernels.quantize")
 _expert_operands = importlib.import_module("pallas_kernels.quantize_expert_operands")
 _operands = importlib.import_module("pallas_kernels.quantize_operands")
+_tiles = importlib.import_module("pallas_kernels.quantize_tiles")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,18 @@ def _quantized_expert_operands(
     ]
     maxima = _expert_operands.expert_maxima(x, group_sizes, **settings)
     return (*bits, *map(floats.bits_of, maxima))
+
+
+def _quantized_tiles(w_bits, amax, *, impl=None):
+    """As integers, like `_quantized`; w bfloat16 in uint16, or float32 in uint32."""
+    w = jax.lax.bitcast_convert_type(w_bits, jnp.bfloat16 if w_bits.dtype == jnp.uint16 else jnp.float32)
+    return jax.lax.bitcast_convert_type(_tiles.quantize_tiles(w, amax, impl=impl), jnp.uint16)
+
+
+def _quantize_tiles_inputs(case, seed, dtype):
+    del dtype
+    (w, amax), _ = _tiles.example_inputs(case, seed)
+    return (jax.lax.bitcast_convert_type(w, jnp.uint32 if case.float32 else jnp.uint16), amax), {}
 
 
 def _quantize_expert_inputs(case, seed, dtype):
@@ -244,6 +257,15 @@ SUITE = {
         _quantize_expert_inputs,
         _expert_operands.cost,
         float32=("amax", "amax_columns"),
+        backward=False,
+    ),
+    "quantize_tiles": Op(
+        _quantized_tiles,
+        _tiles.CASES,
+        _tiles.BENCHMARKS,
+        _quantize_tiles_inputs,
+        _tiles.cost,
+        float32=("amax",),
         backward=False,
     ),
     "quantize": Op(

@@ -8,9 +8,9 @@ Source: NVIDIA TransformerEngine, common/recipe and pytorch/quantization.py (NVF
     dw = x^T dy          RHT(x^T) 1x16 along tokens         RHT(dy^T) 1x16 along tokens, stochastic
 
 RHT is the Hadamard transform of every 16 tokens; it cancels in the product. Operands are code * block scale, which are
-exact in bfloat16; the scales of the tensors are applied to the float32 result. On one Hopper GPU a kernel makes those
-of x and dy (pallas_kernels/quantize_operands.py), the two of dy in one pass. On Blackwell the tensor cores take the
-codes and block scales themselves (pallas_kernels/nvfp4_matmul.py).
+exact in bfloat16; the scales of the tensors are applied to the float32 result. On one Hopper GPU kernels make those of
+x and dy (pallas_kernels/quantize_operands.py), the two of dy in one pass, and those of w (quantize_tiles.py). On
+Blackwell the tensor cores take the codes and block scales themselves (pallas_kernels/nvfp4_matmul.py).
 
 MXFP8 and FP8 round the same operands to nearest: 32 elements of the summed axis share a power of two, or a tensor one
 scale.
@@ -35,12 +35,12 @@ from jax import Array, lax
 
 from nemotron_jax.precision.formats import NVFP4, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
-from pallas_kernels import floats, nvfp4_matmul, quantize_operands
+from pallas_kernels import floats, nvfp4_matmul, quantize_operands, quantize_tiles
 from pallas_kernels.nvfp4 import e2m1_value, global_scale, hadamard16_of, hadamard_matrix, nvfp4_codes, pack
 from pallas_kernels.nvfp4_matmul import implementation as product_by
-from pallas_kernels.nvfp4_tiles import tile_maxima, tile_operand
 from pallas_kernels.quantize_expert_operands import expert_maxima
 from pallas_kernels.quantize_operands import implementation as operands_by
+from pallas_kernels.quantize_tiles import tile_scales
 from pallas_kernels.random_bits import DGRAD, WGRAD, random_bytes
 
 OPERANDS = ("x", "w", "dy", "x_tokens", "dy_tokens")  # the last two in blocks along tokens, for the weight's gradient
@@ -50,7 +50,7 @@ COUNTS = ("non_zero", "flushed", "saturated", "non_finite")
 def new_probe() -> Array:
     """The dummy input of a quantised matmul whose gradient is its statistics: COUNTS of each of OPERANDS.
 
-    Where it is not zero, what takes passes of its own is not counted (`counted_if`) and may be zero.
+    Where it is not zero, nothing is counted (`counted`), and the gradient is zero.
 
     Counted before rounding (after the Hadamard transform): elements that are finite and not zero; those of them that
     become zero; those that lie above the largest value of their block, by more than float32 rounds; NaN and infinities.
@@ -63,34 +63,36 @@ def new_probe() -> Array:
 class Operand(NamedTuple):
     """``values * scale`` is the quantised tensor; values are exact in the dtype of the GEMM, scale is float32.
 
-    Of values, counts and coded, XLA computes those that somebody asks for.
-
     Attributes:
-      counts: float32, COUNTS along the last axis.
-      coded: the same tensor with the summed axis last, where it is NVFP4 with one scale, or one for each row.
+      counts: float32 [len(COUNTS)], for `counted`. It reads arrays that are there anyway, what was quantised and
+        values: anything else would have to be written for it whether it runs or not.
+      coded: the same tensor with the summed axis last, where the product takes codes.
     """
 
     values: Array
     scale: Array
-    counts: Array
+    counts: Callable[[], Array]
     coded: NVFP4 | None = None
 
 
-def counted_operand(z: Array, values: Array, scale: Array, limit: Array) -> Operand:
-    """``limit``: the largest of the values that each block of z has; a block of 16 or 32 elements, or all."""
+def counts_of(z: Array, values: Array, scale: Array, limit: Array) -> Array:
+    """COUNTS; ``limit``: the largest of the values that each block of z has: of 16 or 32 elements, or all."""
     z = z.astype(jnp.float32)
     limit = jnp.repeat(limit, z.shape[-1] // limit.shape[-1], axis=-1) if limit.ndim else limit
     finite = jnp.isfinite(z)
     non_zero, kept = finite & (z != 0), values != 0
     above = jnp.abs(z) > limit * scale * (1 + 2.0**-20)
-    counted = (non_zero, non_zero & ~kept, non_zero & kept & above, ~finite)
-    return Operand(values, scale, jnp.stack([which.sum(dtype=jnp.float32) for which in counted]))
+    each = (non_zero, non_zero & ~kept, non_zero & kept & above, ~finite)
+    return jnp.stack([which.sum(dtype=jnp.float32) for which in each])
 
 
-def counted_if(probe: Array | None, count: Callable[[], Array]) -> Array:
-    """COUNTS of an operand that is made without; zeros, at no cost, where nobody wants them."""
-    nothing = jnp.zeros(len(COUNTS), jnp.float32)
-    return nothing if probe is None else lax.cond(probe[0, 0] == 0, count, lambda: nothing)
+def counted(probe: Array | None, operands: list[Operand]) -> Array | None:
+    """[len(operands), len(COUNTS)]: zeros, at no cost, where nobody wants them; None without a probe."""
+    if probe is None:
+        return None
+    nothing = jnp.zeros((len(operands), len(COUNTS)), jnp.float32)
+    with jax.named_scope("statistics"):
+        return lax.cond(probe[0, 0] == 0, lambda: jnp.stack([each.counts() for each in operands]), lambda: nothing)
 
 
 def quantized_matmul(x: Array, w: Array, precision: Precision, seed: Array | None, probe: Array | None = None) -> Array:
@@ -104,31 +106,32 @@ def _matmul(x_MK: Array, w_KN: Array, seed: Array, probe: Array | None, precisio
     return _forward(x_MK, w_KN, precision, None)[0]
 
 
-def _forward(x_MK: Array, w_KN: Array, precision: Precision, probe: Array | None) -> tuple[Array, Array]:
+def _forward(x_MK: Array, w_KN: Array, precision: Precision, probe: Array | None) -> tuple[Array, Array | None]:
     """The product, and COUNTS of x and w."""
     with jax.named_scope("fprop"):
-        x = _together(x_MK, precision, None, probe, rows=True)[0] or quantize_rows(x_MK, precision)
-        w = quantize_weight(w_KN.T, precision)
-    return _product(x, w, 1, precision).astype(x_MK.dtype), jnp.stack([x.counts, w.counts])
+        x = _together(x_MK, precision, None, rows=True)[0] or quantize_rows(x_MK, precision)
+        w = quantize_weight(w_KN, precision, 0)
+        counts = counted(probe, [x, w])
+    return _product(x, w, (1, 0), precision).astype(x_MK.dtype), counts
 
 
 def _matmul_fwd(
     x: Array, w: Array, seed: Array, probe: Array | None, precision: Precision
 ) -> tuple[Array, tuple[Any, ...]]:
     y, counts = _forward(x, w, precision, probe)
-    return y, (x, w, seed, probe, None if probe is None else counts)
+    return y, (x, w, seed, probe, counts)
 
 
 def _matmul_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> tuple[Array, Array, None, Array | None]:
     x_MK, w_KN, seed, probe, forward = saved
-    dy, dy_tokens = _together(dy_MN, precision, seed, probe, rows=True, tokens=True)
-    _, x_tokens = _together(x_MK, precision, None, probe, tokens=True)
+    dy, dy_tokens = _together(dy_MN, precision, seed, rows=True, tokens=True)
+    _, x_tokens = _together(x_MK, precision, None, tokens=True)
     with jax.named_scope("dgrad"):
         if dy is None:
             bits = bits_of(precision, seed, DGRAD, _places(dy_MN), dy_MN.shape[1])
             dy = quantize_rows(dy_MN, precision, bits)
-        w = quantize_weight(w_KN, precision)
-    dx = _product(dy, w, 1, precision)
+        w = quantize_weight(w_KN, precision, 1)
+    dx = _product(dy, w, (1, 1), precision)
     padding = ((0, -len(x_MK) % block_size(precision)), (0, 0))
     with jax.named_scope("wgrad"):
         x_tokens = x_tokens or quantize_tokens(jnp.pad(x_MK, padding), precision)
@@ -136,27 +139,33 @@ def _matmul_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> t
             dy_MN = jnp.pad(dy_MN, padding)
             bits = bits_of(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1])
             dy_tokens = quantize_tokens(dy_MN, precision, bits)
-    dw = _product(x_tokens, dy_tokens, 0, precision)
-    counts = [dy.counts, x_tokens.counts, dy_tokens.counts]
-    return dx.astype(x_MK.dtype), dw.astype(w_KN.dtype), None, of_probe(forward, counts)
+    dw = _product(x_tokens, dy_tokens, (0, 0), precision)
+    d_probe = of_probe(probe, forward, [dy, x_tokens, dy_tokens])
+    return dx.astype(x_MK.dtype), dw.astype(w_KN.dtype), None, d_probe
 
 
-def of_probe(forward: Array | None, backward: list[Array]) -> Array | None:
-    """The gradient of a probe, where there is one."""
-    return None if forward is None else jnp.concatenate([forward, jnp.stack(backward)])
+def of_probe(probe: Array | None, forward: Array | None, backward: list[Operand]) -> Array | None:
+    """The gradient of a probe, where there is one; ``forward``: of the operands that come first."""
+    counts = counted(probe, backward)
+    return None if forward is None or counts is None else jnp.concatenate([forward, counts])
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def _product(a: Operand, b: Operand, axis: int, precision: Precision) -> Array:
-    """float32, summed over an axis of both operands' values."""
-    if a.coded is not None and b.coded is not None and product_by(a.values.shape[axis]) != "reference":
+def _product(a: Operand, b: Operand, axes: tuple[int, int], precision: Precision) -> Array:
+    """float32, summed over an axis of the values of each."""
+    if a.coded is not None and b.coded is not None:
         return nvfp4_matmul(a.coded, b.coded)
     exact = lax.Precision.HIGHEST if precision.operands == "float32" else lax.Precision.DEFAULT
-    contract = (((axis,), (axis,)), ((), ()))
+    contract = (((axes[0],), (axes[1],)), ((), ()))
     product = lax.dot_general(a.values, b.values, contract, precision=exact, preferred_element_type=jnp.float32)
     return product * (a.scale * b.scale)
+
+
+def _by_codes(inner: int) -> bool:
+    """Whether the product over an axis of this size takes codes."""
+    return product_by(inner) != "reference"
 
 
 def block_size(precision: Precision) -> int:
@@ -164,35 +173,50 @@ def block_size(precision: Precision) -> int:
 
 
 @jax.named_scope("weight")
-def quantize_weight(w_NK: Array, precision: Precision, amax: Array | None = None) -> Operand:
-    """Quantised along its last axis; ``amax`` float32 []; None: of what is here."""
-    if precision.format == "nvfp4":
-        coded = quantize_nvfp4(w_NK, block=precision.weight_block, amax=amax)
-        if precision.weight_block == "16x16":
-            maxima = tile_maxima(w_NK)
-            amax = maxima.max() if amax is None else amax
-            values, steps = tile_operand(w_NK, maxima, amax, precision.operands)
-            operand = counted_operand(w_NK, values, global_scale(amax), 6 * jnp.repeat(steps, 16, axis=0))
-        else:
-            limit = 6 * floats.e4m3_value(floats.e4m3_bits(coded.scales))
-            operand = counted_operand(w_NK, coded.operand(precision.operands), coded.global_scale(), limit)
-        return operand._replace(coded=coded)
-    return quantize_rows(w_NK, precision, amax=amax)
+def quantize_weight(w_KN: Array, precision: Precision, axis: int) -> Operand:
+    """Quantised along an axis, 0 or 1; values like w."""
+    by_rows = (lambda z: z) if axis == 1 else jnp.transpose
+    if precision.format == "nvfp4" and precision.weight_block == "16x16":
+        amax = floats.absolute_max(w_KN)
+        coded = quantize_nvfp4(by_rows(w_KN), block="16x16", amax=amax) if _by_codes(w_KN.shape[axis]) else None
+        return quantize_square(w_KN, amax, precision)._replace(coded=coded)
+    made = rounded_rows(by_rows(w_KN), precision)
+    values = by_rows(made.values)
+
+    def count() -> Array:
+        return counts_of(by_rows(w_KN), by_rows(values), made.scale, made.limit)
+
+    return Operand(values, made.scale, count, made.coded)
 
 
-def _blocks(z: Array, amax: Array, axis: int, bits: Array | None, precision: Precision) -> tuple[Operand, Array, Array]:
-    """NVFP4 with blocks of the 16 elements along an axis, and its codes; ``amax`` float32, to broadcast against z."""
+def quantize_square(w: Array, amax: Array, precision: Precision) -> Operand:
+    """NVFP4 in tiles of 16x16: w [..., M, N] with amax and scale [...]; values like w, the same along either axis."""
+    values = quantize_tiles(w, amax, dtype=precision.operands)
+    scale = global_scale(amax)
+
+    def count() -> Array:
+        limit = 6 * jnp.repeat(tile_scales(w, amax), 16, axis=-2)
+        return counts_of(w, values, scale[..., None, None], limit)
+
+    return Operand(values, scale, count)
+
+
+def _blocks(
+    z: Array, amax: Array, axis: int, bits: Array | None, precision: Precision
+) -> tuple[Array, Array, Array, Array]:
+    """NVFP4 with blocks of the 16 elements along an axis; ``amax`` float32, to broadcast against z.
+
+    Returns values like z, the largest value of each block, and the codes of values and scales.
+    """
     codes, scales = nvfp4_codes(z, amax, axis=axis, bits=bits)
     steps = floats.e4m3_value(scales)
-    values = (e2m1_value(codes) * steps).astype(precision.operands)
-    return counted_operand(z, values, global_scale(amax), 6 * steps), codes, scales
+    return (e2m1_value(codes) * steps).astype(precision.operands), 6 * steps, codes, scales
 
 
 def _together(
     z_MK: Array,
     precision: Precision,
     seed: Array | None,
-    probe: Array | None,
     *,
     rows: bool = False,
     tokens: bool = False,
@@ -220,12 +244,12 @@ def _together(
             return None
         (values, scales), scale = rounded, global_scale(amax)
 
-        def counts() -> Array:
+        def count() -> Array:
             z = z_MK.reshape(len(z_MK), -1, 16) if axis == 2 else turned_at_once(z_MK, precision)
             limit = 6 * floats.e4m3_value(jnp.expand_dims(scales, axis))
-            return counted_operand(z, values.reshape(z.shape), scale, limit).counts
+            return counts_of(z, values.reshape(z.shape), scale, limit)
 
-        return Operand(values, scale, counted_if(probe, counts))
+        return Operand(values, scale, count)
 
     return operand(made[0], amax_rows, 2), operand(made[1], amax_tokens, 1)
 
@@ -250,8 +274,24 @@ def turned_at_once(z_MK: Array, precision: Precision) -> Array:
     return jnp.einsum("sr,bsk->brk", h_SR, z_BSK, precision=lax.Precision.HIGHEST)
 
 
+class Rounded(NamedTuple):
+    """Rows of an `Operand`: [M, K] with the largest value of each block, [M, K / 16 or 32] or []."""
+
+    values: Array
+    scale: Array
+    limit: Array
+    coded: NVFP4 | None = None
+
+
+def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None) -> Operand:
+    """`rounded_rows` that can be counted."""
+    made = rounded_rows(z_MK, precision, bits)
+    count = functools.partial(counts_of, z_MK, made.values, made.scale, made.limit)
+    return Operand(made.values, made.scale, count, made.coded)
+
+
 @jax.named_scope("rows")
-def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, amax: Array | None = None) -> Operand:
+def rounded_rows(z_MK: Array, precision: Precision, bits: Array | None = None, amax: Array | None = None) -> Rounded:
     """Blocks along the last axis.
 
     Args:
@@ -263,20 +303,22 @@ def quantize_rows(z_MK: Array, precision: Precision, bits: Array | None = None, 
         amax = floats.absolute_max(z_MK) if amax is None else amax
         blocks = (len(z_MK), -1, 16)
         bits = None if bits is None else bits.reshape(blocks)
-        operand, codes, scales = _blocks(z_MK.reshape(blocks), amax[..., None], 2, bits, precision)
-        coded = NVFP4(pack(codes.reshape(z_MK.shape)), floats.as_e4m3(scales[..., 0]), amax)
-        return Operand(operand.values.reshape(z_MK.shape), global_scale(amax), operand.counts, coded)
+        values, limit, codes, scales = _blocks(z_MK.reshape(blocks), amax[..., None], 2, bits, precision)
+        coded = None
+        if _by_codes(z_MK.shape[1]):
+            coded = NVFP4(pack(codes.reshape(z_MK.shape)), floats.as_e4m3(scales[..., 0]), amax)
+        return Rounded(values.reshape(z_MK.shape), global_scale(amax), limit[..., 0], coded)
     if precision.format == "mxfp8":
         mx = quantize_mxfp8(z_MK)
         limit = 448 * floats.float_of(mx.scales.astype(jnp.uint32) << 23)
-        return counted_operand(z_MK, mx.dequantize(dtype), jnp.float32(1), limit)
+        return Rounded(mx.dequantize(dtype), jnp.float32(1), limit)
     if amax is not None and amax.ndim:
         each = jax.vmap(lambda row, amax: quantize_fp8(row, amax=amax[0]))(z_MK, amax)
         values = floats.e4m3_value(floats.e4m3_bits(each.codes)).astype(dtype)
-        return counted_operand(z_MK, values, each.scale[:, None], jnp.float32(448))
+        return Rounded(values, each.scale[:, None], jnp.float32(448))
     one = quantize_fp8(z_MK, amax=amax)
     values = floats.e4m3_value(floats.e4m3_bits(one.codes)).astype(dtype)
-    return counted_operand(z_MK, values, one.scale, jnp.float32(448))
+    return Rounded(values, one.scale, jnp.float32(448))
 
 
 @jax.named_scope("tokens")
@@ -304,23 +346,32 @@ def quantize_tokens(
         amax_B = amax_E[jnp.minimum(block_expert, experts - 1)]
     if precision.format == "nvfp4":
         bits = None if bits is None else bits.reshape(z_BSK.shape)
-        operand, codes, scales = _blocks(z_BSK, amax_B[:, None, None], 1, bits, precision)
-        values = operand.values.reshape(z_MK.shape)
+        blocks, limit, codes, scales = _blocks(z_BSK, amax_B[:, None, None], 1, bits, precision)
+        values = blocks.reshape(z_MK.shape)
+
+        def count() -> Array:
+            z = turned(z_MK, precision)
+            return counts_of(z, values.reshape(z.shape), global_scale(amax_B)[:, None, None], limit)
+
         if block_expert is not None:
-            return Operand(values, global_scale(amax_E), operand.counts)
-        coded = NVFP4(pack(codes.reshape(z_MK.shape).T), floats.as_e4m3(scales[:, 0].T), amax)
-        return Operand(values, global_scale(amax), operand.counts, coded)
-    z_BKS = jnp.swapaxes(z_BSK, 1, 2)
-    rows = z_BKS.reshape(-1, size)
+            return Operand(values, global_scale(amax_E), count)
+        coded = None
+        if _by_codes(len(z_MK)):
+            coded = NVFP4(pack(codes.reshape(z_MK.shape).T), floats.as_e4m3(scales[:, 0].T), amax)
+        return Operand(values, global_scale(amax), count, coded)
+
+    def as_rows(z: Array) -> Array:
+        return jnp.swapaxes(z.reshape(z_BSK.shape), 1, 2).reshape(-1, size)
+
     if block_expert is None:
-        operand = quantize_rows(rows, precision)
-        scale = operand.scale
+        made = rounded_rows(as_rows(z_MK), precision)
+        scale = made.scale
     else:
-        amax = jnp.broadcast_to(amax_B[:, None], z_BKS.shape[:2]).reshape(-1, 1)
-        operand = quantize_rows(rows, precision, None, amax)
+        amax = jnp.repeat(amax_B, z_MK.shape[1])[:, None]
+        made = rounded_rows(as_rows(z_MK), precision, None, amax)
         scale = scale_of(amax_E, precision)
-    values = jnp.swapaxes(operand.values.reshape(z_BKS.shape), 1, 2).reshape(z_MK.shape)
-    return Operand(values, scale, operand.counts)
+    values = jnp.swapaxes(made.values.reshape(len(z_BSK), -1, size), 1, 2).reshape(z_MK.shape)
+    return Operand(values, scale, lambda: counts_of(as_rows(z_MK), as_rows(values), made.scale, made.limit))
 
 
 def of_all(amax_E: Array, over: tuple[str, ...]) -> Array:
@@ -331,7 +382,7 @@ def of_all(amax_E: Array, over: tuple[str, ...]) -> Array:
 def scale_of(amax_E: Array, precision: Precision) -> Array:
     """The global scales that go with some amax."""
     nothing = jnp.zeros((len(amax_E), 32), jnp.float32)
-    return jnp.broadcast_to(quantize_rows(nothing, precision, amax=amax_E[:, None]).scale, (len(amax_E), 1))[:, 0]
+    return jnp.broadcast_to(rounded_rows(nothing, precision, amax=amax_E[:, None]).scale, (len(amax_E), 1))[:, 0]
 
 
 def _places(z_MK: Array) -> Array:

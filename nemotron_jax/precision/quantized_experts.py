@@ -5,9 +5,10 @@ groups are filled up to whole blocks for the weight's gradient. On a mesh an ama
 and blocks of tokens hold those of one device; rows that arrive in a further round (parallel/experts.py) are a tensor
 of their own. Random bits depend on a row's token and slot in the global batch.
 
-On a Hopper GPU kernels make the NVFP4 operands of x and dy (pallas_kernels/quantize_expert_operands.py), whatever the
-mesh, since experts are computed device by device. Everywhere else, and in the other formats, XLA does. The scales of
-the tensors multiply the float32 sums, before an activation and the one rounding of the result.
+On a Hopper GPU kernels make the NVFP4 operands of x and dy (pallas_kernels/quantize_expert_operands.py) and of the
+weights (quantize_tiles.py), whatever the mesh, since experts are computed device by device. Everywhere else, and in
+the other formats, XLA does. The scales of the tensors multiply the float32 sums, before an activation and the one
+rounding of the result.
 
 Shapes: M rows sorted by expert, K inputs, N outputs, E experts.
 """
@@ -25,13 +26,13 @@ from nemotron_jax.precision.quantized import (
     Operand,
     bits_of,
     block_size,
-    counted_if,
-    counted_operand,
+    counted,
+    counts_of,
     of_all,
     of_probe,
-    quantize_rows,
+    quantize_square,
     quantize_tokens,
-    quantize_weight,
+    rounded_rows,
     scale_of,
     turned_at_once,
 )
@@ -39,7 +40,6 @@ from nemotron_jax.precision.recipe import Precision
 from pallas_kernels import floats, quantize_expert_operands
 from pallas_kernels.grouped_products import multiply_groups, sum_groups
 from pallas_kernels.nvfp4 import block_scales, global_scale
-from pallas_kernels.nvfp4_tiles import tile_maxima, tile_operand
 from pallas_kernels.quantize_expert_operands import expert_maxima
 from pallas_kernels.quantize_expert_operands import implementation as operands_by
 from pallas_kernels.random_bits import DGRAD, WGRAD
@@ -91,36 +91,35 @@ def _experts_fwd(
     precision: Precision,
     activation: str | None,
 ) -> tuple[Array, tuple[Any, ...]]:
-    rows = _Rows(group_sizes, precision, precision.cut.rows + precision.cut.inputs, None, probe)
+    rows = _Rows(group_sizes, precision, precision.cut.rows + precision.cut.inputs, None)
     with jax.named_scope("fprop"):
         maxima = _maxima(x_MK, rows)
         x = _by_rows(x_MK, rows, maxima)
-        square = weight_tiles(w_EKN, precision)
-        w = expert_weights(w_EKN if square else jnp.swapaxes(w_EKN, 1, 2), precision, square, probe)
+        amax_E = weight_maxima(w_EKN, precision)
+        w = expert_weights(w_EKN, amax_E, precision, 0)
         scale = x.scale * w.scale
-        settings: dict[str, Any] = {"transposed": square is None, "activation": activation, "dtype": x_MK.dtype}
-        y = multiply_groups(x.values, w.values, group_sizes, scale, **settings)
-    counts = None if probe is None else jnp.stack([x.counts, w.counts])
+        y = multiply_groups(x.values, w.values, group_sizes, scale, activation=activation, dtype=x_MK.dtype)
+        counts = counted(probe, [x, w])
     kept = y if activation else None
-    return y, (x_MK, w_EKN, group_sizes, seed, entry_M, kept, maxima and maxima.tokens, square, probe, counts)
+    return y, (x_MK, w_EKN, group_sizes, seed, entry_M, kept, maxima and maxima.tokens, amax_E, probe, counts)
 
 
 def _experts_bwd(
     precision: Precision, activation: str | None, saved: tuple[Any, ...], dy_MN: Array
 ) -> tuple[Array | None, ...]:
-    x_MK, w_EKN, group_sizes, seed, entry_M, y_MN, x_maxima, square, probe, forward = saved
+    x_MK, w_EKN, group_sizes, seed, entry_M, y_MN, x_maxima, amax_E, probe, forward = saved
     if activation:  # relu2, whose derivative 2 max(z, 0) is 2 sqrt(y)
         dy_MN = (dy_MN.astype(jnp.float32) * 2 * jnp.sqrt(y_MN.astype(jnp.float32))).astype(dy_MN.dtype)
     over_x, over_dy = (precision.cut.rows + axes for axes in (precision.cut.inputs, precision.cut.outputs))
-    rows_x = _Rows(group_sizes, precision, over_x, None, probe)
-    rows_dy = _Rows(group_sizes, precision, over_dy, (seed, entry_M) if precision.draws else None, probe)
+    rows_x = _Rows(group_sizes, precision, over_x, None)
+    rows_dy = _Rows(group_sizes, precision, over_dy, (seed, entry_M) if precision.draws else None)
     with jax.named_scope("quantize"):
         dy_maxima = _maxima(dy_MN, rows_dy)
         both = _by_kernel(dy_MN, rows_dy, dy_maxima, rows=True, tokens=True)
         x_tokens = None if x_maxima is None else _by_kernel(x_MK, rows_x, _Maxima(x_maxima, x_maxima), tokens=True)[1]
     with jax.named_scope("dgrad"):
         dy = both[0] or _by_rows(dy_MN, rows_dy, None)
-        w = expert_weights(w_EKN, precision, square)
+        w = expert_weights(w_EKN, amax_E, precision, 1)
         scale = dy.scale * w.scale
         dx = multiply_groups(dy.values, w.values, group_sizes, scale, transposed=True, dtype=x_MK.dtype)
     with jax.named_scope("wgrad"):
@@ -129,7 +128,7 @@ def _experts_bwd(
         size = block_size(precision)
         filled = -(-group_sizes // size) * size
         dw = sum_groups(x.values, dy_tokens.values, filled, x.scale * dy_tokens.scale, dtype=w_EKN.dtype)
-    return dx, dw, None, None, None, of_probe(forward, [dy.counts, x.counts, dy_tokens.counts])
+    return dx, dw, None, None, None, of_probe(probe, forward, [dy, x, dy_tokens])
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
@@ -141,14 +140,12 @@ class _Rows(NamedTuple):
     Attributes:
       over: mesh axes over which devices hold other parts of it.
       draw: seed and entry_M, for stochastic rounding.
-      probe: for `counted_if`.
     """
 
     group_sizes: Array
     precision: Precision
     over: tuple[str, ...]
     draw: tuple[Array, Array] | None
-    probe: Array | None
 
     def bits(self, product: int, columns: int) -> Array | None:
         if self.draw is None:
@@ -193,8 +190,7 @@ def _by_kernel(
     def operand(values: Array | None, amax_E: Array, axis: int) -> Operand | None:
         if values is None:
             return None
-        counts = counted_if(of.probe, lambda: _counts(z_MK, values, amax_E, of, axis))
-        return Operand(values, global_scale(amax_E), counts)
+        return Operand(values, global_scale(amax_E), lambda: _counts(z_MK, values, amax_E, of, axis))
 
     return operand(made[0], maxima.rows, 2), operand(made[1], maxima.tokens, 1)
 
@@ -211,7 +207,7 @@ def _counts(z_MK: Array, values: Array, amax_E: Array, of: _Rows, axis: int) -> 
         z = turned_at_once(whole.filled(z_MK), of.precision)
     amax = amax_E[jnp.minimum(expert, last)][:, None, None]
     scales = block_scales(floats.absolute_max(z, axis=axis, keepdims=True), amax)
-    return counted_operand(z, values.reshape(z.shape), global_scale(amax), 6 * floats.e4m3_value(scales)).counts
+    return counts_of(z, values.reshape(z.shape), global_scale(amax), 6 * floats.e4m3_value(scales))
 
 
 def _by_rows(z_MK: Array, of: _Rows, maxima: _Maxima | None) -> Operand:
@@ -225,8 +221,13 @@ def _rows_by_xla(z_MK: Array, of: _Rows) -> Operand:
     amax_E = jnp.zeros(experts, jnp.float32).at[expert_M].max(largest_M, mode="drop")
     amax_E = of_all(amax_E, of.over)
     amax_M = amax_E[jnp.minimum(expert_M, experts - 1)]
-    z = quantize_rows(_within_groups(z_MK, expert_M, of), of.precision, of.bits(DGRAD, z_MK.shape[1]), amax_M[:, None])
-    return Operand(z.values, scale_of(amax_E, of.precision), z.counts)
+    drawn = of.bits(DGRAD, z_MK.shape[1])
+    made = rounded_rows(_within_groups(z_MK, expert_M, of), of.precision, drawn, amax_M[:, None])
+
+    def count() -> Array:
+        return counts_of(_within_groups(z_MK, expert_M, of), made.values, made.scale, made.limit)
+
+    return Operand(made.values, scale_of(amax_E, of.precision), count)
 
 
 def _expert_of_row(z_MK: Array, of: _Rows) -> Array:
@@ -248,34 +249,22 @@ def _by_tokens(z_MK: Array, of: _Rows) -> Operand:
     return quantize_tokens(whole.filled(z_MK), of.precision, bits, whole.expert_of_block, experts, of.over)
 
 
-class Tiles(NamedTuple):
-    """Maxima of the 16x16 tiles of weights [E, K / 16, N / 16], and of each expert [E]: what two passes share."""
-
-    maxima: Array
-    amax_E: Array
-
-
-def weight_tiles(w_EKN: Array, precision: Precision) -> Tiles | None:
-    """None where the codes of w and of its transpose differ."""
-    if precision.format != "nvfp4" or precision.weight_block != "16x16":
-        return None
-    with jax.named_scope("weight"):
-        maxima = tile_maxima(w_EKN)
-        return Tiles(maxima, of_all(maxima.max((1, 2)), precision.cut.inputs + precision.cut.outputs))
+@jax.named_scope("weight")
+def weight_maxima(w_EKN: Array, precision: Precision) -> Array:
+    """The amax of each expert, float32 [E]."""
+    return of_all(floats.absolute_max(w_EKN, axis=(1, 2)), precision.cut.inputs + precision.cut.outputs)
 
 
 @jax.named_scope("weight")
-def expert_weights(w_ENK: Array, precision: Precision, square: Tiles | None, probe: Array | None = None) -> Operand:
-    """Each expert quantised along its last axis, or in tiles: values like w, scale [E]."""
-    if square is not None:
-        values, steps = tile_operand(w_ENK, square.maxima, square.amax_E, precision.operands)
-        scale = global_scale(square.amax_E)
+def expert_weights(w_EKN: Array, amax_E: Array, precision: Precision, axis: int) -> Operand:
+    """Each expert quantised along an axis of its matrix, 0 or 1: values like w, scale [E]."""
+    if precision.format == "nvfp4" and precision.weight_block == "16x16":
+        return quantize_square(w_EKN, amax_E, precision)
+    by_rows = (lambda z: z) if axis == 1 else functools.partial(jnp.swapaxes, axis1=1, axis2=2)
+    made = jax.vmap(lambda w, amax: rounded_rows(w, precision, amax=amax)[:3])(by_rows(w_EKN), amax_E)
+    values, scale, limit = by_rows(made[0]), *made[1:]
 
-        def counts() -> Array:
-            return counted_operand(w_ENK, values, scale[:, None, None], 6 * jnp.repeat(steps, 16, axis=1)).counts
+    def count() -> Array:
+        return jax.vmap(counts_of)(by_rows(w_EKN), by_rows(values), scale, limit).sum(0)
 
-        return Operand(values, scale, counted_if(probe, counts))
-    over = precision.cut.inputs + precision.cut.outputs
-    amax_E = of_all(floats.absolute_max(w_ENK, axis=(1, 2)), over)
-    each = jax.vmap(lambda w, amax: quantize_weight(w, precision, amax))(w_ENK, amax_E)
-    return Operand(each.values, each.scale, each.counts.sum(0))
+    return Operand(values, scale, count)

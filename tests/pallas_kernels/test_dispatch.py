@@ -26,6 +26,7 @@ SIGNATURES = {
     "quantize_operands": "(x, amax, amax_columns, *, hadamard=False, seed=None, impl=None)",
     "quantize_expert_operands": "(x, group_sizes, amax, amax_columns, *, hadamard=False, seed=None, entries=None, "
     "impl=None)",
+    "quantize_tiles": "(w, amax, *, dtype='bfloat16', impl=None)",
     "permute": "(x, expert_ids, num_experts, *, impl=None)",
     "unpermute": "(rows, row_map, weights, *, impl=None)",
 }

@@ -31,6 +31,7 @@ BENCHMARKS = {
     "quantize": ("activation", "activation_no_rht", "gradient"),
     "quantize_operands": ("activation", "gradient"),
     "quantize_expert_operands": ("nano", "nano_gradient"),
+    "quantize_tiles": ("in_proj", "in_proj_float32"),
     "permute": ("nano", "super"),
     "unpermute": ("nano", "super"),
 }

@@ -128,8 +128,8 @@ def test_scales_are_those_of_whole_tensors(name):
     def of_device(over, inputs, rows, weights, blocks):
         cut = dataclasses.replace(precision, cut=Cut(rows=over, inputs=inputs))
         tokens = quantized.quantize_tokens(rows, precision, None, blocks, experts, over + inputs)
-        tiles = quantized_experts.weight_tiles(weights, cut)
-        w = quantized_experts.expert_weights(weights, cut, tiles)
+        amax = quantized_experts.weight_maxima(weights, cut)
+        w = quantized_experts.expert_weights(weights, amax, cut, 0)
         return tokens.values, tokens.scale, w.values, w.scale
 
     expected = of_device((), (), rows, weights, blocks)

@@ -28,7 +28,7 @@ from nemotron_jax.precision.quantized import (
 )
 from nemotron_jax.precision.recipe import Precision
 from nemotron_jax.run_config import ParallelConfig
-from pallas_kernels import quantize_expert_operands_mosaic, quantize_operands_mosaic
+from pallas_kernels import quantize_expert_operands_mosaic, quantize_operands_mosaic, quantize_tiles_mosaic
 from pallas_kernels.dispatch import compiling_for
 from tests.pallas_kernels import nvfp4_oracle as oracle
 
@@ -265,16 +265,23 @@ def test_the_kernel_of_both_operands_changes_no_bit(monkeypatch):
     monkeypatch.setitem(module._IMPLEMENTATIONS, "mosaic", interpreted)
     of_experts = importlib.import_module("pallas_kernels.quantize_expert_operands")
     monkeypatch.setitem(of_experts._IMPLEMENTATIONS, "mosaic", (None, maxima))
+
+    def tiles(*arguments):
+        calls.append("tiles")
+        return quantize_tiles_mosaic.quantize_tiles(*arguments, plgpu.InterpretGPUParams())
+
+    of_tiles = importlib.import_module("pallas_kernels.quantize_tiles")
+    monkeypatch.setitem(of_tiles._IMPLEMENTATIONS, "mosaic", tiles)
     with compiling_for("sm_90a"):
         got = run(new_probe())
         uncounted = run(new_probe() + 1)
-    # x; dy; x for the weight's gradient
-    assert calls == 2 * [[True, False], "maxima", [True, True], "maxima", [False, True]]
+    # x and w; dy; x for the weight's gradient; w
+    assert calls == 2 * [[True, False], "tiles", "maxima", [True, True], "maxima", [False, True], "tiles"]
     for a, b, c in zip(got[:3], want[:3], uncounted[:3], strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(c, b)
     np.testing.assert_allclose(got[3], want[3], rtol=1e-3)
-    assert (np.asarray(uncounted[3]).any(1) == [name == "w" for name in OPERANDS]).all()
+    assert not np.any(uncounted[3])
 
 
 def test_the_transform_that_statistics_repeat():
