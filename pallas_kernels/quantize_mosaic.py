@@ -310,11 +310,12 @@ def nearest_code(x: Any, interpret: Interpret) -> Any:
     return lax.bitcast_convert_type(code, jnp.uint32)
 
 
-def nearest_value(x: Any) -> Any:
-    """The value of E2M1 that is nearest to a float32, ties to even; any where x is NaN. -0 stays -0, whose code is 0.
+def nearest_value(x: Any, interpret: Interpret) -> Any:
+    """The value of E2M1 that is nearest to a float32, ties to even; any where x is NaN. -0 is 0, as its code is.
 
     Added to 1.5 * 2^22 of the steps of E2M1 about x, a float32 is rounded to whole steps.
     """
+    x = x + 0.0 if interpret is None else jnp.where(x == 0, 0.0, x)  # a sum that XLA would leave out
     x = jnp.clip(x, -6.0, 6.0)
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     power = jnp.maximum(bits & jnp.uint32(0x7F800000), jnp.uint32(0x3F800000))  # of x, 1 at least

@@ -204,7 +204,7 @@ def _operands(parts, sixth, decode, draw, interpret):
     """The codes of scales, and 16 arrays of code * scale, float32 that are bfloat16."""
     scale, value, parts = scaled(parts, sixth, decode, interpret)
     if draw is None:
-        return scale, [nearest_value(part) * value for part in parts]
+        return scale, [nearest_value(part, interpret) * value for part in parts]
     return scale, [stochastic_value(part, each, interpret) * value for part, each in zip(parts, draw, strict=True)]
 
 

@@ -79,7 +79,7 @@ def _kernel(tensors, tiles_m, tiles_n, wide, interpret):
         parts = [part for each in both for part in each]
         across = functools.partial(largest_of_neighbours, interpret=interpret)
         _, value, parts = scaled(parts, sixth, decode, interpret, across)
-        made = [nearest_value(part) * value for part in parts]
+        made = [nearest_value(part, interpret) * value for part in parts]
         for row in range(BLOCK):
             out_s.at[:, pl.ds(row, 1)][...] = word_of(made[2 * row], made[2 * row + 1])
         plgpu.commit_smem()
