@@ -20,6 +20,10 @@ SupportCheck = Callable[[], str]
 
 _log = logging.getLogger(__name__)
 
+# Options of XLA under which repeated runs of a program on a GPU give the same bits. cuDNN's attention sums gradients by
+# atomics without, and so does XLA's scatter. On an H100 a training step took 0.4 % longer with it (BENCHMARKS.md).
+SAME_BITS = {"xla_gpu_exclude_nondeterministic_ops": True}
+
 # The GPU that programs are compiled for where none is present ("sm_90a"), or None: the devices of this process.
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 

@@ -1,4 +1,4 @@
-"""What programs on several GPUs are compiled with: options of XLA that are not on by themselves, and why."""
+"""What training steps on GPUs are compiled with: options of XLA that are not on by themselves, and why."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import os
 
 from jax.sharding import Mesh
 
-OPTIONS: dict[str, bool | int] = {
+from pallas_kernels.dispatch import SAME_BITS
+
+ON_SEVERAL: dict[str, bool | int] = {
     # Collectives run beside arithmetic that does not need them; without it XLA schedules for memory alone.
     "xla_gpu_enable_latency_hiding_scheduler": True,
-    # More than one collective may be under way. With one, the weight gradients of experts queue behind each other, and
-    # what has no place left to hide is made synchronous.
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+    # More than one collective may be under way: those of two layers. With one, the weight gradients of experts queue
+    # behind each other, and what has no place left to hide is made synchronous.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 16,
+    # Not when XLA thinks that they will just be done in time: it takes links for faster than they are. What may start
+    # is said by data (parallel/local.py, `after` and `together`).
+    "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+    # No gradient waits for that of another layer to travel with it.
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 1_000_000,
     # Rows go to experts of the same process through NCCL. XLA's own kernel for it copies with a few blocks: on two
     # H100s it took 129 ms for 0.5 GB, a hundredth of what NVLink carries (openxla/xla issue 33386).
     "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel": False,
@@ -21,8 +28,9 @@ OPTIONS: dict[str, bool | int] = {
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool | int] | None:
-    """For ``jax.jit`` of a program on this mesh; None without several GPUs. What XLA_FLAGS names is the user's."""
-    if mesh.size == 1 or mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+    """For ``jax.jit`` of a program on this mesh; None where there is no GPU. What XLA_FLAGS names is the user's."""
+    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
         return None
     named = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in OPTIONS.items() if name not in named}
+    options = SAME_BITS | (ON_SEVERAL if mesh.size > 1 else {})
+    return {name: value for name, value in options.items() if name not in named}
