@@ -100,6 +100,8 @@ def together(x: Array, weights: Any) -> tuple[Array, Any]:
         return x, weights
     leaves, tree = jax.tree.flatten(weights)
     trained = [i for i, leaf in enumerate(leaves) if leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    if not trained:
+        return x, weights
     x, tied = _together(x, [leaves[i] for i in trained])
     for i, leaf in zip(trained, tied, strict=True):
         leaves[i] = leaf
