@@ -326,13 +326,6 @@ def _exp2(exponent: Array) -> Array:
     return floats.float_of((exponent + 127).astype(jnp.uint32) << 23)
 
 
-def block_parameters(amax: Array) -> tuple[Array, Array]:
-    """encode * (1/6) and decode of this file's first lines, for blocks of 16; float32, decode may be subnormal."""
-    encode = _encode_scale(amax, E2M1_MAX * 448)
-    integer, exponent = _decode_parts(encode)
-    return encode * jnp.float32(1 / 6), floats.float_of(integer + ((exponent + 149).astype(jnp.uint32) << 23))
-
-
 def _units(scales: Array, integer: Array, exponent: Array) -> Array:
     """scale * (integer * 2^exponent) in units of 2^-149, rounded to nearest even; uint32."""
     field, mantissa = (scales.astype(jnp.uint32) >> 3) & jnp.uint32(15), scales.astype(jnp.uint32) & jnp.uint32(7)

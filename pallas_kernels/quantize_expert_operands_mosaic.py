@@ -25,8 +25,8 @@ from pallas_kernels import floats
 from pallas_kernels.grouped_matmul_kernels import TILE_ROWS
 from pallas_kernels.grouped_matmul_mosaic import row_tiles
 from pallas_kernels.mosaic import Interpret, kernel_call
-from pallas_kernels.nvfp4 import BLOCK, block_parameters
-from pallas_kernels.quantize_mosaic import THREADS, column_bytes, halves, iota, row_bytes, transformed
+from pallas_kernels.nvfp4 import BLOCK
+from pallas_kernels.quantize_mosaic import THREADS, column_bytes, encoding, halves, iota, row_bytes, transformed
 from pallas_kernels.quantize_operands_mosaic import (
     COLUMNS,
     OF_COLUMNS,
@@ -74,10 +74,10 @@ def quantize_expert_operands(
     tiles = _tiles(group_sizes, m)
     nothing = jnp.ones(experts, jnp.float32)
     maxima = [nothing if each is None else each for each in (amax, amax_columns)]
-    numbers = jnp.concatenate([floats.bits_of(z) for each in maxima for z in block_parameters(each)])
+    maxima = [floats.bits_of(each) for each in maxima]
     bits = _bits_of_tiles(tiles, seed, entries, wanted) if seed is not None else []
     kernel = _kernel(m, n, experts, len(tiles.group), wanted, hadamard, seed is not None, interpret)
-    found = iter(kernel(*tiles, numbers, *bits, _words(x, interpret)))
+    found = iter(kernel(*tiles, *maxima, *bits, _words(x, interpret)))
 
     def result(rows):
         return lax.bitcast_convert_type(next(found).reshape(rows, n // 2), jnp.bfloat16).reshape(rows, n)[:, :columns]
@@ -134,7 +134,7 @@ def _kernel(m, n, experts, tiles, wanted, hadamard, stochastic, interpret):
     by_rows, by_columns = wanted
     both = by_rows and by_columns
 
-    def body(group_g, row_g, end_g, place_g, numbers_g, *refs):
+    def body(group_g, row_g, end_g, place_g, amax_g, amax_columns_g, *refs):
         bits = list(refs[: sum(wanted) * stochastic])
         x_g, *rest = refs[len(bits) :]
         outputs, (x_s, full, *more) = rest[: sum(wanted)], rest[sum(wanted) :]
@@ -142,17 +142,14 @@ def _kernel(m, n, experts, tiles, wanted, hadamard, stochastic, interpret):
         group, row = group_g[tile], row_g[tile]
         count = end_g[tile] - row  # rows of the tile, or more
 
-        def number(which):
-            return numbers_g[which * experts + group]
-
-        def rows(a, rows_s):
+        def rows(a, rows_s, of_expert):
             draw = None
             if stochastic:
                 here = bits[0].at[tile, pl.ds(a, OF_ROWS[0])]
                 draw = row_bytes(_load(here, OF_ROWS), tile_b + iota(OF_ROWS, 2))
-            round_rows(x_s, rows_s, a, number(0), number(1), draw, interpret)
+            round_rows(x_s, rows_s, a, of_expert, draw, interpret)
 
-        def columns(a):
+        def columns(a, of_expert):
             bytes_of = None
             if stochastic:
                 first = tile * ROWS + a * BLOCK
@@ -160,7 +157,7 @@ def _kernel(m, n, experts, tiles, wanted, hadamard, stochastic, interpret):
                 drawn = column_bytes(of_tokens, tile_b + iota(OF_COLUMNS, 2), iota(OF_COLUMNS, 3))
                 bytes_of = lambda parity: _kept(drawn(parity), a, count)  # noqa: E731
             words = _kept(words_of_columns(x_s, a), a, count)
-            round_columns(words, x_s, a, number(2), number(3), bytes_of, hadamard, interpret)
+            round_columns(words, x_s, a, of_expert, bytes_of, hadamard, interpret)
 
         @pl.when(group < experts)
         def work():
@@ -168,13 +165,15 @@ def _kernel(m, n, experts, tiles, wanted, hadamard, stochastic, interpret):
             plgpu.barrier_wait(full)
             if by_rows:
                 rows_s = more[0] if both else x_s
-                lax.fori_loop(0, A // OF_ROWS[0], lambda i, _: rows(i * OF_ROWS[0], rows_s), None)
+                of_rows = encoding(amax_g[group], OF_ROWS, interpret)
+                lax.fori_loop(0, A // OF_ROWS[0], lambda i, _: rows(i * OF_ROWS[0], rows_s, of_rows), None)
                 plgpu.commit_smem()
                 lax.fori_loop(
                     0, A, lambda a, _: _store_rows(rows_s, a, outputs[0], row, count, tile_b, interpret), None
                 )
             if by_columns:
-                lax.fori_loop(0, A // OF_COLUMNS[0], lambda i, _: columns(i * OF_COLUMNS[0]), None)
+                of_columns = encoding(amax_columns_g[group], OF_COLUMNS, interpret)
+                lax.fori_loop(0, A // OF_COLUMNS[0], lambda i, _: columns(i * OF_COLUMNS[0], of_columns), None)
                 plgpu.commit_smem()
 
                 def store(a, _):

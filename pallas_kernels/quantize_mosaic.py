@@ -6,7 +6,7 @@ columns. A block of NVFP4 so lies within one thread, as 16 registers of as many 
 and packing are elementwise, and no thread needs another's values.
 
 The arithmetic is that of pallas_kernels/nvfp4.py as its first lines put it. The GPU keeps subnormals, so that what
-nvfp4.py does for a backend that does not is not needed; its own conversion to E4M3 and its reciprocal are used. A
+nvfp4.py does for a backend that does not is not needed; its own conversion to E4M3 and its division are used. A
 product and a sum may become one instruction that rounds once: those here have exact products, or a minimum between.
 The order of additions matters in one place, the 16 float32 terms of the Hadamard transform. Their sum is exact while
 their exponents are at most 12 apart; beyond, it is rounded, and both add in the same order (`signed_sums`). Sums of
@@ -34,7 +34,6 @@ from pallas_kernels.mosaic import Interpret, kernel_call
 from pallas_kernels.nvfp4 import (
     BLOCK,
     NVFP4,
-    block_parameters,
     e2m1_stochastic_size,
     signed_sums,
 )
@@ -44,6 +43,8 @@ ROWS = 128  # of a tile
 A = ROWS // BLOCK
 COLUMNS = (128, 64)  # of a tile: the first that divides N
 THREADS = 128
+
+Encoding = tuple[Any, Any]  # encode * (1/6) and decode of pallas_kernels/nvfp4.py, float32
 
 
 def unfit(x: jax.Array) -> str:
@@ -79,9 +80,8 @@ def quantize(
 
 
 def block_numbers(amax: jax.Array, amax_columns: jax.Array, seed: jax.Array | None) -> jax.Array:
-    """uint32: the bits of `block_parameters` of rows and of columns; with a seed their `stream_bits`."""
-    # [2] at a time: each number is a hundred operations, which XLA has to fuse in every layer.
-    numbers = [*floats.bits_of(jnp.stack(block_parameters(jnp.stack([amax, amax_columns])), axis=1)).reshape(4)]
+    """uint32: the bits of the maxima of rows and of columns; with a seed their `stream_bits`."""
+    numbers = [floats.bits_of(z) for z in (amax, amax_columns)]
     if seed is not None:
         numbers += [stream_bits(seed, stream) for stream in (DGRAD, WGRAD)]
     return jnp.stack(numbers)
@@ -100,20 +100,21 @@ def _kernel(m, n, hadamard, stochastic, interpret):
             (codes_t_g, codes_t_s, (tile_b, b_blocks, BLOCK), (tile_a, A, 2)),
         ]
         (x_in, x_to), *results = [tile_ends(*copy, interpret) for copy in copies]
-        numbers = [numbers_g[i] for i in range(6 if stochastic else 4)]  # while x comes
         plgpu.copy_gmem_to_smem(x_in, x_to, full)
+        of_rows, of_columns = (together, BLOCK, b_blocks, 1), (4, 8, 4, 1)  # what the threads hold of each array
+        encodings = [encoding(numbers_g[i], shape, interpret) for i, shape in enumerate((of_rows, of_columns))]
         plgpu.barrier_wait(full)
 
         def rows(i, _):
             here = pl.ds(i * together, together)
             draw = None
             if stochastic:
-                along = functools.partial(iota, (together, BLOCK, b_blocks, 1))
+                along = functools.partial(iota, of_rows)
                 token = (tile_a + i * together + along(0)) * BLOCK + along(1)
-                draw = row_bytes(bits_of_rows(numbers[4], token), tile_b + along(2))
-            words = [load_words(x_s.at[here, :, :, pl.ds(j, 1)], (together, BLOCK, b_blocks, 1)) for j in range(8)]
+                draw = row_bytes(bits_of_rows(numbers_g[2], token), tile_b + along(2))
+            words = [load_words(x_s.at[here, :, :, pl.ds(j, 1)], of_rows) for j in range(8)]
             parts = [half for word in words for half in halves(word)]
-            scale, packed = _quantized(parts, numbers[0], numbers[1], draw, interpret)
+            scale, packed = _quantized(parts, encodings[0], draw, interpret)
             for w in range(2):
                 codes_s.at[here, :, :, pl.ds(w, 1)][...] = packed[w]
             there = pl.ds(tile_a + i * together, together)
@@ -122,21 +123,20 @@ def _kernel(m, n, hadamard, stochastic, interpret):
         def columns(i, _):
             # 8 pairs of columns in each of 4 blocks, 4 blocks of rows: few of a warp's threads want the same bank.
             b, a = lax.rem(i, b_blocks // 4) * 4, lax.div(i, b_blocks // 4) * 4
-            shape = (4, 8, 4, 1)
             words = [
-                load_words(x_s.at[pl.ds(a, 4), pl.ds(r, 1), pl.ds(b, 4), :].transpose((2, 3, 0, 1)), shape)
+                load_words(x_s.at[pl.ds(a, 4), pl.ds(r, 1), pl.ds(b, 4), :].transpose((2, 3, 0, 1)), of_columns)
                 for r in range(BLOCK)
             ]
             bytes_of = None
             if stochastic:
-                along = functools.partial(iota, shape)
-                of_tokens = bits_of_blocks(numbers[5], tile_a + a + along(2))
+                along = functools.partial(iota, of_columns)
+                of_tokens = bits_of_blocks(numbers_g[3], tile_a + a + along(2))
                 bytes_of = column_bytes(of_tokens, tile_b + b + along(0), along(1))
             for parity in range(2):
                 parts = [halves(word)[parity] for word in words]
                 parts = transformed(parts, interpret) if hadamard else parts
                 draw = bytes_of(parity) if bytes_of else None
-                scale, packed = _quantized(parts, numbers[2], numbers[3], draw, interpret)
+                scale, packed = _quantized(parts, encodings[1], draw, interpret)
                 for w in range(2):
                     codes_t_s.at[pl.ds(b, 4), :, parity, pl.ds(a, 4), pl.ds(w, 1)][...] = packed[w]
                 there = scales_t_g.at[pl.ds(tile_b + b, 4), :, parity, pl.ds(tile_a + a, 4), :]
@@ -246,28 +246,35 @@ def transformed(parts: list[Any], interpret: Interpret) -> list[Any]:
     return [half for pair in pairs for half in halves(_asm("cvt.rn.bf16x2.f32 $0, $2, $1;", jnp.uint32, *pair))]
 
 
+def encoding(amax: Any, shape: tuple[int, ...], interpret: Interpret) -> Encoding:
+    """Of tensors with the maxima whose bits (uint32) are ``amax``: one for all, or like what the threads hold."""
+    amax = amax if amax.shape else plgpu.layout_cast(lax.broadcast(amax, shape), _strided(shape))
+    encode = _divide(2688.0, lax.bitcast_convert_type(amax, jnp.float32), interpret)
+    encode = jnp.where(encode > floats.FLOAT32_MAX, floats.FLOAT32_MAX, encode)  # NaN stays
+    none = (amax == jnp.uint32(0)) | (amax == jnp.uint32(0x7F800000))
+    encode = jnp.where(none, jnp.float32(1), encode)
+    return encode * (1 / 6), _divide(1.0, encode, interpret)
+
+
 def scaled(
     parts: list[Any],
-    sixth: Any,
-    decode: Any,
+    of_tensor: Encoding,
     interpret: Interpret,
     across: Callable[[Any], Any] = lambda largest: largest,
 ) -> tuple[Any, Any, list[Any]]:
     """16 float32 arrays, element by element one block, in units of its scale; or any number of them, part of it.
 
     Args:
-      sixth, decode: the bits of `block_parameters`, each one number or like the parts.
+      of_tensor: of the parts' shape.
       across: from the largest of the parts to that of the block, where others have more of it.
 
     Returns:
       the scale: its e4m3 code uint32, and its value; the parts, which E2M1 is to round.
     """
-    shape = parts[0].shape
-    sixth, decode = (z if z.shape else lax.broadcast(z, shape) for z in (sixth, decode))
-    sixth, decode = (lax.bitcast_convert_type(z, jnp.float32) for z in (sixth, decode))
+    sixth, decode = of_tensor
     largest = across(functools.reduce(jnp.maximum, [jnp.abs(part) for part in parts]))
     scale, value = _e4m3(largest * sixth, interpret)
-    inverse = jnp.minimum(_reciprocal(value * decode, interpret), floats.FLOAT32_MAX)
+    inverse = jnp.minimum(_divide(1.0, value * decode, interpret), floats.FLOAT32_MAX)
     return scale, value, [part * inverse for part in parts]
 
 
@@ -277,9 +284,9 @@ def stochastic_code(x: Any, draw: Any) -> Any:
     return e2m1_stochastic_size(jnp.abs(x), draw) | sign
 
 
-def _quantized(parts, sixth, decode, draw, interpret):
+def _quantized(parts, of_tensor, draw, interpret):
     """The codes of scales, and 8 E2M1 codes each in two arrays uint32; ``draw``: a byte for each of the parts."""
-    scale, value, parts = scaled(parts, sixth, decode, interpret)
+    scale, value, parts = scaled(parts, of_tensor, interpret)
     if draw is None:
         codes = [nearest_code(part, interpret) for part in parts]
     else:
@@ -364,9 +371,13 @@ def _e4m3(x, interpret):
     return code, _asm(registers + halves, jnp.float32, code)
 
 
-def _reciprocal(x, interpret):
-    """1 / x of float32, correctly rounded, subnormal or not. (Mosaic divides approximately.)"""
-    return 1.0 / x if interpret is not None else _asm("rcp.rn.f32 $0, $1;", jnp.float32, x)
+def _divide(numerator, x, interpret):
+    """numerator / x of float32, correctly rounded, subnormal or not. (Mosaic divides approximately.)"""
+    if interpret is not None:
+        return numerator / x
+    bits = np.float32(numerator).view(np.uint32)
+    instruction = "rcp.rn.f32 $0, $1;" if numerator == 1 else f"div.rn.f32 $0, 0f{bits:08X}, $1;"
+    return _asm(instruction, jnp.float32, x)
 
 
 def largest_of_neighbours(x: Any, interpret: Interpret) -> Any:

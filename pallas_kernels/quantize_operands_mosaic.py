@@ -21,10 +21,12 @@ from pallas_kernels.mosaic import Interpret, kernel_call
 from pallas_kernels.nvfp4 import BLOCK
 from pallas_kernels.quantize_mosaic import (
     THREADS,
+    Encoding,
     bits_of_blocks,
     bits_of_rows,
     block_numbers,
     column_bytes,
+    encoding,
     halves,
     iota,
     load_words,
@@ -90,6 +92,7 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
         tile_a, tile_b = lax.axis_index("a") * A, lax.axis_index("b") * B
         here = (tile_a, A, BLOCK), (tile_b, B, 8)
         plgpu.copy_gmem_to_smem(*tile_ends(x_g, x_s, *here, interpret), full)
+        of_rows, of_columns = (encoding(numbers_g[i], s, interpret) for i, s in enumerate((OF_ROWS, OF_COLUMNS)))
         plgpu.barrier_wait(full)
 
         def write(made, to):
@@ -99,12 +102,14 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
 
         if by_rows:
             rows_s = more[0] if both else x_s
-            rows = functools.partial(_rows, numbers_g, x_s, rows_s, outputs[1], tile_a, tile_b, stochastic, interpret)
+            stream = numbers_g[2] if stochastic else None
+            rows = functools.partial(_rows, of_rows, x_s, rows_s, outputs[1], tile_a, tile_b, stream, interpret)
             lax.fori_loop(0, A // OF_ROWS[0], lambda i, _: rows(i * OF_ROWS[0]), None)
             write(rows_s, outputs[0])
         if by_columns:
+            stream = numbers_g[3] if stochastic else None
             columns = functools.partial(
-                _columns, numbers_g, x_s, outputs[-1], tile_a, tile_b, hadamard, stochastic, interpret
+                _columns, of_columns, x_s, outputs[-1], tile_a, tile_b, hadamard, stream, interpret
             )
             lax.fori_loop(0, A // OF_COLUMNS[0], lambda i, _: columns(i * OF_COLUMNS[0]), None)
             write(x_s, outputs[-2])
@@ -129,34 +134,32 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
     )
 
 
-def _rows(numbers_g, x_s, rows_s, scales_g, tile_a, tile_b, stochastic, interpret, a):
+def _rows(of_tensor, x_s, rows_s, scales_g, tile_a, tile_b, stream, interpret, a):
     """Blocks of 16 columns of the rows of some blocks of rows, from the a-th of the tile on."""
     draw = None
-    if stochastic:
+    if stream is not None:
         along = functools.partial(iota, OF_ROWS)
-        of_token = bits_of_rows(numbers_g[4], (tile_a + a + along(0)) * BLOCK + along(1))
+        of_token = bits_of_rows(stream, (tile_a + a + along(0)) * BLOCK + along(1))
         draw = row_bytes(of_token, tile_b + along(2))
-    scale = round_rows(x_s, rows_s, a, numbers_g[0], numbers_g[1], draw, interpret)
+    scale = round_rows(x_s, rows_s, a, of_tensor, draw, interpret)
     scales_g.at[pl.ds(tile_a + a, OF_ROWS[0]), :, pl.ds(tile_b, B), :][...] = scale.astype(jnp.uint8)
 
 
-def _columns(numbers_g, x_s, scales_g, tile_a, tile_b, hadamard, stochastic, interpret, a):
+def _columns(of_tensor, x_s, scales_g, tile_a, tile_b, hadamard, stream, interpret, a):
     """Blocks of 16 rows, from the a-th of the tile on, of all columns; in place."""
     bytes_of = None
-    if stochastic:
+    if stream is not None:
         along = functools.partial(iota, OF_COLUMNS)
-        of_tokens = bits_of_blocks(numbers_g[5], tile_a + a + along(0))
+        of_tokens = bits_of_blocks(stream, tile_a + a + along(0))
         bytes_of = column_bytes(of_tokens, tile_b + along(2), along(3))
     words = words_of_columns(x_s, a)
-    scales = round_columns(words, x_s, a, numbers_g[2], numbers_g[3], bytes_of, hadamard, interpret)
+    scales = round_columns(words, x_s, a, of_tensor, bytes_of, hadamard, interpret)
     for parity, scale in enumerate(scales):
         there = scales_g.at[pl.ds(tile_a + a, OF_COLUMNS[0]), :, pl.ds(tile_b, B), :, parity]
         there[...] = scale.astype(jnp.uint8)
 
 
-def round_rows(
-    x_s: Any, rows_s: Any, a: Any, sixth: Any, decode: Any, draw: list[Any] | None, interpret: Interpret
-) -> Any:
+def round_rows(x_s: Any, rows_s: Any, a: Any, of_tensor: Encoding, draw: list[Any] | None, interpret: Interpret) -> Any:
     """Tile x_s [A, 16, B, 8], from its a-th block of rows on -> the same of rows_s; e4m3 codes uint32 of the scales.
 
     The other arguments are those of `quantize_mosaic.scaled`, and a byte of each part for stochastic rounding; arrays
@@ -165,7 +168,7 @@ def round_rows(
     here = pl.ds(a, OF_ROWS[0])
     words = [load_words(x_s.at[here, :, :, pl.ds(j, 1)], OF_ROWS) for j in range(8)]
     parts = [half for word in words for half in halves(word)]
-    scale, operands = _operands(parts, sixth, decode, draw, interpret)
+    scale, operands = _operands(parts, of_tensor, draw, interpret)
     for j in range(8):
         rows_s.at[here, :, :, pl.ds(j, 1)][...] = word_of(operands[2 * j], operands[2 * j + 1])
     return scale
@@ -181,8 +184,7 @@ def round_columns(
     words: list[Any],
     to_s: Any,
     a: Any,
-    sixth: Any,
-    decode: Any,
+    of_tensor: Encoding,
     bytes_of: Callable[[int], list[Any]] | None,
     hadamard: bool,
     interpret: Interpret,
@@ -192,7 +194,7 @@ def round_columns(
     for parity in range(2):
         parts = [halves(word)[parity] for word in words]
         parts = transformed(parts, interpret) if hadamard else parts
-        scale, operands = _operands(parts, sixth, decode, bytes_of(parity) if bytes_of else None, interpret)
+        scale, operands = _operands(parts, of_tensor, bytes_of(parity) if bytes_of else None, interpret)
         scales.append(scale)
         made.append(operands)
     for row, pair in enumerate(zip(*made, strict=True)):
@@ -200,9 +202,9 @@ def round_columns(
     return scales
 
 
-def _operands(parts, sixth, decode, draw, interpret):
+def _operands(parts, of_tensor, draw, interpret):
     """The codes of scales, and 16 arrays of code * scale, float32 that are bfloat16."""
-    scale, value, parts = scaled(parts, sixth, decode, interpret)
+    scale, value, parts = scaled(parts, of_tensor, interpret)
     if draw is None:
         return scale, [nearest_value(part, interpret) * value for part in parts]
     return scale, [stochastic_value(part, each, interpret) * value for part, each in zip(parts, draw, strict=True)]

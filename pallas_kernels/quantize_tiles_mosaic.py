@@ -20,8 +20,16 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import floats
 from pallas_kernels.mosaic import Interpret, kernel_call
-from pallas_kernels.nvfp4 import BLOCK, block_parameters
-from pallas_kernels.quantize_mosaic import halves, iota, largest_of_neighbours, load_words, nearest_value, scaled
+from pallas_kernels.nvfp4 import BLOCK
+from pallas_kernels.quantize_mosaic import (
+    encoding,
+    halves,
+    iota,
+    largest_of_neighbours,
+    load_words,
+    nearest_value,
+    scaled,
+)
 from pallas_kernels.quantize_operands_mosaic import word_of
 
 A, B = 4, 4
@@ -40,7 +48,6 @@ def quantize_tiles(w: jax.Array, amax: jax.Array, dtype: DTypeLike, interpret: I
     assert dtype == jnp.bfloat16
     *rest, m, n = w.shape
     tensors, rows = math.prod(rest), math.prod(rest) * m
-    numbers = jnp.concatenate([floats.bits_of(z) for z in block_parameters(amax.reshape(tensors))])
     z = w.reshape(rows, n)
     if interpret is not None:  # which knows no ends
         z = jnp.pad(z, ((0, -rows % (A * BLOCK)), (0, -n % (B * BLOCK))))
@@ -49,7 +56,7 @@ def quantize_tiles(w: jax.Array, amax: jax.Array, dtype: DTypeLike, interpret: I
     kernel = _kernel(tensors, m // BLOCK, n // BLOCK, w.dtype == jnp.float32, interpret)
     if interpret is not None:
         z = z.reshape(-1, BLOCK, -(-n // (B * BLOCK)) * B, *_words(w.dtype == jnp.float32))
-    (made,) = kernel(numbers, z)
+    (made,) = kernel(floats.bits_of(amax.reshape(tensors)), z)
     if interpret is not None:
         made = made.reshape(made.shape[0] * BLOCK, -1)[:rows, : n // 2]
     return lax.bitcast_convert_type(made, jnp.bfloat16).reshape(w.shape)
@@ -65,11 +72,11 @@ def _kernel(tensors, tiles_m, tiles_n, wide, interpret):
     grid = (-(-tensors * tiles_m // A), -(-tiles_n // B))
     dtype = jnp.float32 if wide else jnp.uint32
 
-    def body(numbers_g, w_g, out_g, w_s, out_s, full):
+    def body(amax_g, w_g, out_g, w_s, out_s, full):
         tile_a, tile_b = lax.axis_index("a") * A, lax.axis_index("b") * B
         plgpu.copy_gmem_to_smem(_part(w_g, tile_a, tile_b, interpret), _matrix(w_s, interpret), full)
         tensor = [jnp.minimum(lax.div(tile_a + a, jnp.int32(tiles_m)), tensors - 1) for a in range(A)]
-        sixth, decode = (_of_each(numbers_g, [which * tensors + at for at in tensor]) for which in range(2))
+        of_tensor = encoding(_of_each(amax_g, tensor), PAIRS, interpret)
         plgpu.barrier_wait(full)
         rows = [w_s.at[:, pl.ds(row, 1)] for row in range(BLOCK)]
         if wide:
@@ -78,7 +85,7 @@ def _kernel(tensors, tiles_m, tiles_n, wide, interpret):
             both = [halves(load_words(row, PAIRS)) for row in rows]
         parts = [part for each in both for part in each]
         across = functools.partial(largest_of_neighbours, interpret=interpret)
-        _, value, parts = scaled(parts, sixth, decode, interpret, across)
+        _, value, parts = scaled(parts, of_tensor, interpret, across)
         made = [nearest_value(part, interpret) * value for part in parts]
         for row in range(BLOCK):
             out_s.at[:, pl.ds(row, 1)][...] = word_of(made[2 * row], made[2 * row + 1])
@@ -106,12 +113,12 @@ def _kernel(tensors, tiles_m, tiles_n, wide, interpret):
     )
 
 
-def _of_each(numbers_g: Any, places: list[Any]) -> Any:
+def _of_each(ref: Any, places: list[Any]) -> Any:
     """As PAIRS: a number for each of the A tiles down."""
     tile = iota(PAIRS, 0)
-    found = lax.broadcast(numbers_g[places[0]], PAIRS)
+    found = lax.broadcast(ref[places[0]], PAIRS)
     for a in range(1, A):
-        found = jnp.where(tile == a, lax.broadcast(numbers_g[places[a]], PAIRS), found)
+        found = jnp.where(tile == a, lax.broadcast(ref[places[a]], PAIRS), found)
     return found
 
 

@@ -401,7 +401,7 @@ def errors(
     def run(impl: str, given: Inputs, d_outputs: list[Any]) -> dict[str, jax.Array]:
         if impl not in runs:
             both = forward_backward if entry.backward else _forward_only
-            runs[impl] = jax.jit(both(op, impl, given.settings), compiler_options=dispatch.SAME_BITS)
+            runs[impl] = jax.jit(both(op, impl, given.settings), compiler_options=dispatch.same_bits())
         outputs, grads = runs[impl](given.arrays, d_outputs)
         named = {f"out{i or ''}": z for i, z in enumerate(outputs)}
         return named | {f"d_{name}": z for name, z in grads.items()}

@@ -12,7 +12,7 @@ import pytest
 from nemotron_jax import __main__ as front
 from nemotron_jax.cli import parse_train_flags
 from nemotron_jax.parallel.xla import ON_SEVERAL, compiler_options
-from pallas_kernels.dispatch import SAME_BITS
+from pallas_kernels.dispatch import SAME_BITS, compiling_for
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = SAME_BITS | ON_SEVERAL
@@ -40,6 +40,8 @@ def test_options_are_for_gpus_and_leave_what_the_user_set(monkeypatch):
 
     assert compiler_options(mesh("cpu", 8)) is None
     assert compiler_options(mesh("gpu", 1)) == SAME_BITS
+    with compiling_for("sm_90a"):
+        assert compiler_options(mesh("cuda", 8)) == ON_SEVERAL
     assert compiler_options(mesh("gpu", 8)) == OPTIONS
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
     assert OPTIONS.keys() - compiler_options(mesh("gpu", 8)).keys() == {"xla_gpu_enable_latency_hiding_scheduler"}

@@ -6,7 +6,7 @@ import os
 
 from jax.sharding import Mesh
 
-from pallas_kernels.dispatch import SAME_BITS
+from pallas_kernels.dispatch import same_bits
 
 ON_SEVERAL: dict[str, bool | int] = {
     # Collectives run beside arithmetic that does not need them; without it XLA schedules for memory alone.
@@ -32,5 +32,5 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | int] | None:
     if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
         return None
     named = os.environ.get("XLA_FLAGS", "")
-    options = SAME_BITS | (ON_SEVERAL if mesh.size > 1 else {})
+    options = same_bits() | (ON_SEVERAL if mesh.size > 1 else {})
     return {name: value for name, value in options.items() if name not in named}
