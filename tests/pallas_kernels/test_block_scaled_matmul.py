@@ -8,7 +8,8 @@ import pytest
 
 from pallas_kernels import block_scaled_matmul, block_scaled_matmul_mosaic, floats, grouped_matmul
 from pallas_kernels.block_scaled_matmul import CASES, Case, block_scaled_matmul_reference, example_inputs
-from pallas_kernels.block_scaled_matmul_mosaic import E2M1_FIELDS, LEFT_OVER, multiply, multiply_groups, scale_bits
+from pallas_kernels.block_scaled_matmul_lanes import LEFT_OVER
+from pallas_kernels.block_scaled_matmul_mosaic import multiply, multiply_groups
 from pallas_kernels.dispatch import compiling_for
 from pallas_kernels.nvfp4 import e2m1_value
 from pallas_kernels.packed import Packed
