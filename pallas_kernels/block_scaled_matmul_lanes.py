@@ -1,4 +1,4 @@
-"""The arithmetic of `block_scaled_matmul_mosaic` lane by lane: registers of mma.sync, and nothing that Pallas could say.
+"""The arithmetic of `block_scaled_matmul_mosaic` lane by lane: registers of mma.sync, and what Pallas has no words for.
 
 A warpgroup multiplies 64 outputs by units of 128 inputs. Lane 4 g + t of warp w reads, of outputs 16 w + g and
 16 w + g + 8, the 16 bytes of codes of inputs 32 t ... 32 t + 31: whole sectors of memory go to registers, and no code
@@ -11,6 +11,7 @@ times 2^-126, 0.5 being a subnormal. An E4M3 scale becomes bfloat16 in the same 
 and so makes up for it; the last 2^7 are left to the scale of the tensor. All of these products are exact.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def _i32(value: int | Any) -> Any:
 
 def _ptx(code: str, *operands: Any, results: int = 0, floats: bool = False, volatile: bool = True) -> Any:
     kind = ir.F32Type.get() if floats else ir.IntegerType.get_signless(32)
-    types = None if not results else kind if results == 1 else [kind] * results
+    types: Any = None if not results else kind if results == 1 else [kind] * results
     return mgpu.utils.inline_ptx(code, *operands, result_types=types, has_side_effects=volatile or not results)
 
 
@@ -99,8 +100,7 @@ def _scale_pairs(codes: Any) -> list[Any]:
 
 def _mma(acc: list[Any], a: list[Any], b: list[Any]) -> list[Any]:
     code = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
     )
     return list(_ptx(code, *a, *b, *acc, results=4, floats=True, volatile=False))
 
@@ -113,6 +113,81 @@ def _place() -> tuple[Any, Any, Any]:
 
 def _scalars(values: Any) -> list[Any]:
     return [value.registers.item() for value in values]
+
+
+GROUP_ROWS = 8  # of a tile of one expert: the narrowest operand
+MOST_EXPERTS = 1024  # the square of the lanes of a warp
+
+
+def find(experts: int, rows: int) -> Any:
+    """The function for `plgpu.inline_mgpu`: (expert, first row, number of rows) of a tile of GROUP_ROWS.
+
+    Tiles follow each other expert by expert. Rows past the sum of the sizes are tiles of expert `experts`; those that
+    are not in use have no rows. Every warp finds out for itself: first which lane's share of the experts, then which
+    expert of that share. Rows and tiles are counted in the two halves of a word.
+    """
+    share = -(-experts // 32)
+    assert share <= 32 and rows < 1 << 8
+
+    def search(_, sizes_g, tile):
+        (tile,) = _scalars((tile,))
+        lane = _and(mgpu.utils.thread_idx(), 31)
+        sizes = _address(sizes_g)
+        less = arith.CmpIPredicate.slt
+
+        def counts(index):
+            at = arith.minsi(index, _i32(experts - 1))
+            size = _ptx("ld.global.u32 $0, [$1];", arith.addi(sizes, _times(_wide(at), 4)), results=1)
+            size = arith.select(arith.cmpi(less, index, _i32(experts)), size, _i32(0))
+            return arith.addi(size, _times(_right(arith.addi(size, _i32(GROUP_ROWS - 1)), 3), 1 << 16))
+
+        def sums(value):  # over this lane and those before
+            for distance in (1, 2, 4, 8, 16):
+                code = f"shfl.sync.up.b32 $0, $1, {distance}, 0, 0xffffffff;"
+                before = _ptx(code, value, results=1)
+                before = arith.select(arith.cmpi(less, lane, _i32(distance)), _i32(0), before)
+                value = arith.addi(value, before)
+            return value
+
+        def of_lane(value, lane):
+            return _ptx("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", value, lane, results=1)
+
+        def here(start, end, value):  # of the lane that has the tile, to all; else 0
+            has = arith.cmpi(less, tile, _right(end, 16))
+            has = arith.andi(has, arith.cmpi(arith.CmpIPredicate.sge, tile, _right(start, 16)))
+            return _ptx("redux.sync.or.b32 $0, $1, 0xffffffff;", arith.select(has, value, _i32(0)), results=1)
+
+        mine = [counts(arith.addi(_times(lane, share), _i32(i))) for i in range(share)]
+        mine = functools.reduce(arith.addi, mine)
+        end = sums(mine)
+        start = arith.subi(end, mine)
+        owner = here(start, end, arith.addi(lane, _i32(1)))
+        is_owned = arith.cmpi(less, _i32(0), owner)
+        owner = arith.select(is_owned, arith.subi(owner, _i32(1)), _i32(0))
+
+        index = arith.addi(_times(owner, share), lane)
+        one = arith.select(arith.cmpi(less, lane, _i32(share)), counts(index), _i32(0))
+        end_of_one = arith.addi(sums(one), of_lane(start, owner))
+        start_of_one = arith.subi(end_of_one, one)
+
+        def first_row(before):
+            return arith.addi(_and(before, 0xFFFF), _times(arith.subi(tile, _right(before, 16)), GROUP_ROWS))
+
+        first = first_row(start_of_one)
+        count = arith.minsi(arith.subi(_and(end_of_one, 0xFFFF), first), _i32(GROUP_ROWS))
+        found = arith.addi(_times(index, 1 << 16), arith.addi(_times(first, 1 << 8), count))
+        found = here(start_of_one, end_of_one, found)
+        none = first_row(of_lane(end, _i32(31)))
+        left = arith.minsi(arith.subi(_i32(rows), none), _i32(GROUP_ROWS))
+
+        results = (
+            arith.select(is_owned, _right(found, 16), _i32(experts)),
+            arith.select(is_owned, _and(_right(found, 8), 0xFF), none),
+            arith.select(is_owned, _and(found, 0xFF), left),
+        )
+        return tuple(mgpu.FragmentedArray.splat(value, (), is_signed=True) for value in results)
+
+    return search
 
 
 def products(units: int, total: int, experts: int, shape: tuple[int, int], ragged: bool) -> Any:
@@ -146,8 +221,7 @@ def products(units: int, total: int, experts: int, shape: tuple[int, int], ragge
                 offset = half * 8 * (inputs // 2) + ahead * (UNIT // 2)
                 words.append(
                     _ptx(
-                        "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 "
-                        f"{{$0,$1,$2,$3}}, [$4+{offset}];",
+                        f"ld.global.L1::no_allocate.L2::128B.v4.b32 {{$0,$1,$2,$3}}, [$4+{offset}];",
                         codes,
                         results=4,
                     )
@@ -155,35 +229,31 @@ def products(units: int, total: int, experts: int, shape: tuple[int, int], ragge
                 blocks = _address(scales_g, _times(_wide(row), inputs // 16))
                 blocks = arith.addi(blocks, _wide(arith.addi(_times(at, UNIT // 16), _times(t, 2))))
                 offset = half * 8 * (inputs // 16) + ahead * (UNIT // 16)
-                scales.append(_ptx(f"ld.global.nc.u16 $0, [$1+{offset}];", blocks, results=1))
+                scales.append(_ptx(f"ld.global.u16 $0, [$1+{offset}];", blocks, results=1))
 
         # x in pairs: a warp takes both rows of two and the 16 pieces of 8 inputs of a unit.
         shared = _address(x_s, wide=False)
         lane_row, piece = _and(g, 1), _right(g, 1)
-        waiting = []
-        for item in range(units * rows // 8):
-            # Item 4 item + warp: unit and pair of rows.
+
+        def fetch(item):  # 4 item + warp: unit and pair of rows
             i, pair = divmod(4 * item, rows // 2)
-            assert rows // 2 % 4 == 0
             which = arith.addi(_times(arith.addi(_i32(pair), warp), 2), lane_row)
             from_row = arith.minsi(arith.addi(first_row, which), last_row)
             at = arith.addi(_times(unit(i), 2 * UNIT), arith.addi(_times(t, 64), _times(piece, 16)))
             source = arith.addi(_address(x_g, _times(_wide(from_row), 2 * inputs)), _wide(at))
-            values = list(_ptx("ld.global.nc.v4.b32 {$0,$1,$2,$3}, [$4];", source, results=4))
+            values = list(_ptx("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];", source, results=4))
             if ragged:
-                inside = arith.cmpi(
-                    arith.CmpIPredicate.slt, arith.addi(first_unit, _i32(i)), _i32(total)
-                )
+                inside = arith.cmpi(arith.CmpIPredicate.slt, arith.addi(first_unit, _i32(i)), _i32(total))
                 values = [arith.select(inside, value, _i32(0)) for value in values]
             to = arith.addi(_times(arith.addi(_times(piece, rows), which), 64), _times(t, 16))
-            waiting.append((i, values, arith.addi(shared, to)))
-        for i, (v0, v1, v2, v3), to in waiting:
-            pairs = [
-                _permute(low, high, selector)
-                for low, high in ((v0, v2), (v1, v3))
-                for selector in (0x5410, 0x7632)
-            ]
-            _ptx(f"st.shared.v4.b32 [$0+{i * 4 * rows * 64}], {{$1,$2,$3,$4}};", to, *pairs)
+            return values, arith.addi(shared, arith.addi(to, _i32(i * 4 * rows * 64)))
+
+        items = range(units * rows // 8)
+        together = 8 if rows <= 32 else 4  # what there are registers for
+        for start in range(0, len(items), together):
+            for (v0, v1, v2, v3), to in [fetch(item) for item in items[start : start + together]]:
+                halves = [(v0, v2, 0x5410), (v0, v2, 0x7632), (v1, v3, 0x5410), (v1, v3, 0x7632)]
+                _ptx("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", to, *(_permute(*pair) for pair in halves))
         mgpu.utils.warpgroup_barrier()
 
         f32 = ir.F32Type.get()
@@ -211,6 +281,9 @@ def products(units: int, total: int, experts: int, shape: tuple[int, int], ragge
         nan = mgpu.c(float("nan"), f32)
         result = np.empty_like(registers)
         for half in range(2):
+            for distance in (1, 2):  # the scales of an output are spread over four lanes, and so are its sums
+                code = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
+                unknown[half] = arith.ori(unknown[half], _ptx(code, unknown[half], results=1))
             known = arith.cmpi(arith.CmpIPredicate.eq, _and(unknown[half], 0x8080), _i32(0))
             for j in range(rows // 8):
                 both = llvm.mlir_undef(ir.VectorType.get((2,), f32))
@@ -218,9 +291,7 @@ def products(units: int, total: int, experts: int, shape: tuple[int, int], ragge
                     value = arith.select(known, sums[j][2 * half + k], nan)
                     both = vector.insert(value, both, dynamic_position=[], static_position=[k])
                 result[j, half] = both
-        return mgpu.FragmentedArray(
-            _registers=result.reshape(acc.registers.shape), _layout=acc.layout, _is_signed=None
-        )
+        return mgpu.FragmentedArray(_registers=result.reshape(acc.registers.shape), _layout=acc.layout, _is_signed=None)
 
     return add
 
@@ -236,9 +307,7 @@ def finish(groups: int, split: int, total_outputs: int, half_width: bool) -> Any
 
     def end(_, acc, sums_s, out_g, scale, first_output, first_new, first_row, count):
         rows = acc.shape[1]
-        scale, first_output, first_new, first_row, count = _scalars(
-            (scale, first_output, first_new, first_row, count)
-        )
+        scale, first_output, first_new, first_row, count = _scalars((scale, first_output, first_new, first_row, count))
         f32 = ir.F32Type.get()
         warp, g, t = _place()
         thread = mgpu.utils.thread_idx()

@@ -12,7 +12,7 @@ Shapes: E experts, N outputs, K inputs, M rows; T tiles of rows of one expert ea
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,12 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import block_scaled_matmul_lanes as lanes
 from pallas_kernels import floats
-from pallas_kernels.block_scaled_matmul_lanes import OUTPUTS, UNIT
+from pallas_kernels.block_scaled_matmul_lanes import GROUP_ROWS, MOST_EXPERTS, OUTPUTS, UNIT
 from pallas_kernels.mosaic import WGMMA, Interpret, kernel_call
 from pallas_kernels.nvfp4 import BLOCK, e2m1_value, unpack
 from pallas_kernels.packed import Packed
 
 MOST_ROWS = 64  # of x in all: beyond, the tensor cores are the limit, and dense weights serve them better
-GROUP_ROWS = 8  # of a tile of one expert: the narrowest operand
 MULTIPROCESSORS = 132
 
 
@@ -45,7 +44,7 @@ def plan(rows: int, inputs: int, outputs: int, tiles: int) -> Plan:
     """rows of a tile, a multiple of 8."""
     blocks = -(-outputs // OUTPUTS) * tiles
     total = inputs // UNIT
-    groups = 4
+    groups = 4 if rows <= 32 else 2  # sums of more rows need the registers
     split = 1
     while split < 4 and total > 8 * groups * split and 2 * blocks * split <= MULTIPROCESSORS:
         split *= 2
@@ -64,19 +63,18 @@ def unfit(x: jax.Array, w: Packed, rows: int) -> str:
     if inputs % UNIT or inputs < 2 * UNIT or outputs < OUTPUTS:
         least = f"K must be a multiple of {UNIT} and at least {2 * UNIT}, N at least {OUTPUTS}"
         return f"{least}, got {inputs} and {outputs}"
+    if w.ndim == 3 and w.codes.shape[0] > MOST_EXPERTS:
+        return f"more than {MOST_EXPERTS} experts"
     if not 0 < rows <= MOST_ROWS:  # any prompt: a reason without its length is said once
         return f"1 to {MOST_ROWS} rows"
     return ""
 
 
-def multiply(
-    x_MK: jax.Array, w: Packed, dtype: DTypeLike = jnp.float32, *, interpret: Interpret = None
-) -> jax.Array:
+def multiply(x_MK: jax.Array, w: Packed, dtype: DTypeLike = jnp.float32, *, interpret: Interpret = None) -> jax.Array:
     """x [M, K] bfloat16, w [K, N] -> [M, N], float32 or bfloat16."""
     assert w.block_scales is not None
-    table = jnp.array([[0, 0, x_MK.shape[0]]], jnp.int32)  # a constant
     packed = Packed(w.codes[None], w.block_scales[None], w.scale[None])
-    return _multiply(x_MK, packed, table, -(-x_MK.shape[0] // 8) * 8, dtype, interpret)
+    return _multiply(x_MK, packed, None, -(-x_MK.shape[0] // 8) * 8, dtype, interpret)
 
 
 def multiply_groups(
@@ -89,40 +87,28 @@ def multiply_groups(
 ) -> jax.Array:
     """lhs [M, K] bfloat16, rhs [E, K, N], group_sizes [E] int32 -> [M, N]; only experts with rows are read."""
     assert rhs.block_scales is not None
-    rows, experts = lhs.shape[0], group_sizes.shape[0]
-    # A masked sum is one kernel; a cumulative sum of so few numbers is four, a search in them twenty.
-    group = jnp.arange(experts + 1)
-    until = group <= group[:, None]
-    sizes = jnp.append(group_sizes, rows)  # rows past the sum are those of no expert, and zero
-    ends = jnp.minimum(jnp.where(until, sizes, 0).sum(1, dtype=jnp.int32), rows)
-    starts = jnp.minimum(jnp.where(until & (group != group[:, None]), sizes, 0).sum(1, dtype=jnp.int32), rows)
-    tiles_of = -(-(ends - starts) // GROUP_ROWS)
-    last = jnp.where(until, tiles_of, 0).sum(1, dtype=jnp.int32)
-
-    tile = jnp.arange(min(rows, experts + 1 + rows // GROUP_ROWS))  # never more tiles than rows
-    owner = (last <= tile[:, None]).sum(1, dtype=jnp.int32)
-    mine = jnp.minimum(owner, experts)
-    first = starts[mine] + (tile - (last - tiles_of)[mine]) * GROUP_ROWS
-    count = jnp.where(owner <= experts, jnp.minimum(ends[mine] - first, GROUP_ROWS), 0)
-    table = jnp.stack([mine, first, count], axis=1)
-    return _multiply(lhs, rhs, table, GROUP_ROWS, dtype, interpret)
+    return _multiply(lhs, rhs, group_sizes, GROUP_ROWS, dtype, interpret)
 
 
-def _multiply(x_MK, w, table_T3, rows, dtype, interpret):
-    """w [E, K, N]; table: expert, first row and number of rows of each tile; of expert E, the rows are zero."""
+def _multiply(x_MK, w, group_sizes, rows, dtype, interpret):
+    """w [E, K, N]; rows: of a tile. Without group sizes, all rows are one tile of the only expert."""
     experts, inputs, outputs = w.shape
-    chosen = plan(rows, inputs, outputs, table_T3.shape[0])
+    most_rows = x_MK.shape[0]
+    tiles = 1
+    if group_sizes is not None:  # never more tiles than rows
+        tiles = min(most_rows, experts + 1 + most_rows // GROUP_ROWS)
+    chosen = plan(rows, inputs, outputs, tiles)
     if interpret is not None:  # which has no shared memory of clusters
         chosen = chosen._replace(split=1)
-    kernel = _kernel(
-        (experts, inputs, outputs), x_MK.shape[0], table_T3.shape[0], rows, jnp.dtype(dtype), chosen, interpret
-    )
+    grouped = group_sizes is not None
+    sizes = (experts, inputs, outputs)
+    kernel = _kernel(sizes, most_rows, tiles, rows, grouped, jnp.dtype(dtype), chosen, interpret)
     scales = lax.bitcast_convert_type(w.block_scales, jnp.uint8)
-    return kernel(table_T3, w.codes, scales, x_MK, w.scale)
+    return kernel(w.codes, scales, x_MK, w.scale, *([group_sizes] if grouped else []))
 
 
 @functools.lru_cache
-def _kernel(sizes, most_rows, count, rows, dtype, chosen, interpret):
+def _kernel(sizes, most_rows, tiles, rows, grouped, dtype, chosen, interpret):
     experts, inputs, outputs = sizes
     split, groups, units = chosen
     total = inputs // UNIT
@@ -131,11 +117,22 @@ def _kernel(sizes, most_rows, count, rows, dtype, chosen, interpret):
     number = plgpu.Layout.WG_SPLAT(())
     ref = plgpu.RefType()
 
-    def body(table_g, codes_g, scales_g, x_g, scale_g, out_g, x_s, sums_s, full):
+    def body(codes_g, scales_g, x_g, scale_g, *rest):
+        *sizes_g, out_g, x_s, sums_s, full = rest
         group, block, tile = (lax.axis_index(name) for name in ("wg", "n", "t"))
         part = (lax.axis_index("s") if split > 1 else 0) * groups + group
-        expert, first_row, rows_here = (table_g[tile, i] for i in range(3))
-        scale = jnp.where(expert < experts, scale_g[jnp.minimum(expert, experts - 1)], 0.0)
+        if grouped:
+            if interpret is not None:
+                found = _find(sizes_g[0][...], tile, most_rows)
+            else:
+                returned = (plgpu.ShapeDtypeStruct((), jnp.int32, layout=number),) * 3
+                function = lanes.find(experts, most_rows)
+                found = plgpu.inline_mgpu(arg_types=(ref, number), return_type=returned)(function)(sizes_g[0], tile)
+            expert, first_row, rows_here = found
+            scale = jnp.where(expert < experts, scale_g[jnp.minimum(expert, experts - 1)], 0.0)
+        else:
+            expert, first_row, rows_here = (jnp.int32(i) for i in (0, 0, most_rows))
+            scale = scale_g[0]
         first_output = jnp.minimum(block * OUTPUTS, outputs - OUTPUTS)  # the last ones start where they still fit
         first_unit = part * (chunks * units)
         weight_refs = (codes_g, scales_g, x_g, x_s.at[group])
@@ -161,22 +158,20 @@ def _kernel(sizes, most_rows, count, rows, dtype, chosen, interpret):
             value = jnp.zeros((OUTPUTS, rows), jnp.float32)
             return value if interpret is not None else plgpu.layout_cast(value, WGMMA)
 
-        @pl.when((rows_here > 0) & (expert < experts))
-        def _():
+        def multiply():
             finish(add(0, zeros()) if chunks == 1 else lax.fori_loop(0, chunks, add, zeros()))
 
-        if count > 1:
-
-            @pl.when((rows_here > 0) & (expert == experts))
-            def _():
-                finish(zeros())
+        if grouped:
+            pl.when((rows_here > 0) & (expert < experts))(multiply)
+            pl.when((rows_here > 0) & (expert == experts))(lambda: finish(zeros()))
+        else:
+            multiply()
 
     each = OUTPUTS // split
     if interpret is not None:
         sums = plgpu.SMEM((groups, OUTPUTS, rows), jnp.float32)
     else:
         sums = plgpu.SMEM((split * groups * rows * (each + 4),), jnp.float32)
-    clusters = {"cluster": (split,), "cluster_names": ("s",)} if split > 1 else {}
     return kernel_call(
         body,
         warpgroups=groups,
@@ -184,19 +179,30 @@ def _kernel(sizes, most_rows, count, rows, dtype, chosen, interpret):
         lanes=True,
         auto_barriers=interpret is not None,
         out_type=jax.ShapeDtypeStruct((most_rows, outputs), dtype),
-        grid=(-(-outputs // OUTPUTS), count),
+        grid=(-(-outputs // OUTPUTS), tiles),
         grid_names=("n", "t"),
         scratch_types=[
             plgpu.SMEM((groups, units * rows * UNIT), jnp.bfloat16),
             sums,
             plgpu.Barrier(num_arrivals=groups) if interpret is not None else None,
         ],
-        **clusters,
+        cluster=(split,) if split > 1 else (),
+        cluster_names=("s",) if split > 1 else (),
     )
 
 
+def _find(sizes, tile, rows):
+    """What `lanes.find` does, for the interpreter, which knows no lanes."""
+    sizes = jnp.append(sizes, rows - sizes.sum())  # rows past the sum are those of no expert
+    last = jnp.cumsum(-(-sizes // GROUP_ROWS))
+    expert = jnp.minimum((last <= tile).sum(dtype=jnp.int32), sizes.size - 1)
+    start = jnp.cumsum(sizes)[expert] - sizes[expert]
+    first = start + (tile - last[expert] + -(-sizes[expert] // GROUP_ROWS)) * GROUP_ROWS
+    return expert, first, jnp.minimum(start + sizes[expert] - first, GROUP_ROWS)
+
+
 def _products(acc, codes_g, scales_g, x_g, _, expert, first_output, first_row, last_row, first_unit, *, units, total):
-    """What `lanes.products` does, for the interpreter, which knows no lanes."""
+    """What `lanes.products` does."""
     rows = acc.shape[1]
     these = pl.ds(first_output, OUTPUTS)
     for i in range(units):
@@ -204,8 +210,8 @@ def _products(acc, codes_g, scales_g, x_g, _, expert, first_output, first_row, l
         codes = codes_g[expert, these, pl.ds(unit * (UNIT // 2), UNIT // 2)]
         scales = floats.e4m3_value(scales_g[expert, these, pl.ds(unit * (UNIT // BLOCK), UNIT // BLOCK)])
         weight = e2m1_value(unpack(codes)) * jnp.repeat(scales, BLOCK, axis=1)
-        x = [x_g[jnp.minimum(first_row + m, last_row), pl.ds(unit * UNIT, UNIT)] for m in range(rows)]
-        x = jnp.where(first_unit + i < total, jnp.stack(x).astype(jnp.float32), 0.0)
+        x_rows = [x_g[jnp.minimum(first_row + m, last_row), pl.ds(unit * UNIT, UNIT)] for m in range(rows)]
+        x = jnp.where(first_unit + i < total, jnp.stack(x_rows).astype(jnp.float32), 0.0)
         acc += weight @ x.T
     return acc
 
@@ -225,7 +231,7 @@ def _finish(acc, sums_s, full, out_g, group, block, scale, first_row, count):
         for m in range(rows):
 
             @pl.when(m < count)
-            def _():
+            def _(m=m):
                 out_g.at[first_row + m, pl.ds(block * OUTPUTS, width)][...] = total[:, m]
 
     whole, tail = divmod(out_g.shape[1], OUTPUTS)
