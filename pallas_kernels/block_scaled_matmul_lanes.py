@@ -249,7 +249,7 @@ def products(units: int, total: int, experts: int, shape: tuple[int, int], ragge
             return values, arith.addi(shared, arith.addi(to, _i32(i * 4 * rows * 64)))
 
         items = range(units * rows // 8)
-        together = 8 if rows <= 32 else 4  # what there are registers for
+        together = 8 if rows <= 32 else 16  # what there are registers for
         for start in range(0, len(items), together):
             for (v0, v1, v2, v3), to in [fetch(item) for item in items[start : start + together]]:
                 halves = [(v0, v2, 0x5410), (v0, v2, 0x7632), (v1, v3, 0x5410), (v1, v3, 0x7632)]
