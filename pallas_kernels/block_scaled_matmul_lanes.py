@@ -44,7 +44,9 @@ def _i32(value: int | Any) -> Any:
 def _ptx(code: str, *operands: Any, results: int = 0, floats: bool = False, volatile: bool = True) -> Any:
     kind = ir.F32Type.get() if floats else ir.IntegerType.get_signless(32)
     types: Any = None if not results else kind if results == 1 else [kind] * results
-    return mgpu.utils.inline_ptx(code, *operands, result_types=types, has_side_effects=volatile or not results)
+    together = ".sync" in code or code.startswith("barrier.")  # of all lanes: not to be moved under a condition
+    volatile = volatile or not results
+    return mgpu.utils.inline_ptx(code, *operands, result_types=types, has_side_effects=volatile, convergent=together)
 
 
 def _address(ref: Any, offset: Any = None, wide: bool = True) -> Any:

@@ -127,7 +127,8 @@ class Machine:
             FragmentedArray=FragmentedArray,
         )
 
-    def ptx(self, code, *operands, result_types, has_side_effects):
+    def ptx(self, code, *operands, result_types, has_side_effects, convergent):
+        assert has_side_effects or result_types
         arrays = [np.broadcast_to(operand.array, self.thread.shape) for operand in operands]
         kinds = [] if result_types is None else result_types if isinstance(result_types, list) else [result_types]
         name = code.split()[0].rstrip(";")
