@@ -20,10 +20,6 @@ SupportCheck = Callable[[], str]
 
 _log = logging.getLogger(__name__)
 
-# Options of XLA under which repeated runs of a program on a GPU give the same bits: else attention sums its gradients
-# (cuDNN) by atomics, and so does XLA's scatter. On an H100 a training step took 0.4 % longer with it (BENCHMARKS.md).
-SAME_BITS = {"xla_gpu_exclude_nondeterministic_ops": True}
-
 # The GPU that programs are compiled for where none is present ("sm_90a"), or None: the devices of this process.
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
@@ -48,11 +44,6 @@ def _local_target() -> str:
     if jax.default_backend() != "gpu":
         return ""
     return f"sm_{str(jax.devices()[0].compute_capability).replace('.', '')}a"
-
-
-def same_bits() -> dict[str, bool]:
-    """SAME_BITS; nothing for a GPU that is not there: XLA then finds no way to compile a matmul under it."""
-    return {} if _target.get() else SAME_BITS
 
 
 def on_gpu() -> bool:

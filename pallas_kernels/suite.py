@@ -392,8 +392,7 @@ def errors(
     """Relative Frobenius errors ||got - want|| / ||want|| of every output and gradient; want is the float32 truth.
 
     The largest of all seeds. Integer outputs count 0 when equal, else infinity; NaN counts as infinity. "repeat" is 0
-    when a second run on the same inputs gives the same bits, else infinity: compiled, as training steps are, so that
-    it should (`dispatch.SAME_BITS`).
+    when a second run on the same inputs gives the same bits, else infinity.
     """
     entry = SUITE[op]
     runs: dict[str, Any] = {}
@@ -401,7 +400,7 @@ def errors(
     def run(impl: str, given: Inputs, d_outputs: list[Any]) -> dict[str, jax.Array]:
         if impl not in runs:
             both = forward_backward if entry.backward else _forward_only
-            runs[impl] = jax.jit(both(op, impl, given.settings), compiler_options=dispatch.same_bits())
+            runs[impl] = jax.jit(both(op, impl, given.settings))
         outputs, grads = runs[impl](given.arrays, d_outputs)
         named = {f"out{i or ''}": z for i, z in enumerate(outputs)}
         return named | {f"d_{name}": z for name, z in grads.items()}

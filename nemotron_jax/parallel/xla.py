@@ -1,4 +1,4 @@
-"""What training steps on GPUs are compiled with: options of XLA that are not on by themselves, and why."""
+"""What programs on several GPUs are compiled with: options of XLA that are not on by themselves, and why."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import os
 
 from jax.sharding import Mesh
 
-from pallas_kernels.dispatch import same_bits
-
-ON_SEVERAL: dict[str, bool | int] = {
+OPTIONS: dict[str, bool | int] = {
     # Collectives run beside arithmetic that does not need them; without it XLA schedules for memory alone.
     "xla_gpu_enable_latency_hiding_scheduler": True,
     # More than one collective may be under way: those of two layers. With one, the weight gradients of experts queue
@@ -28,9 +26,8 @@ ON_SEVERAL: dict[str, bool | int] = {
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool | int] | None:
-    """For ``jax.jit`` of a program on this mesh; None where there is no GPU. What XLA_FLAGS names is the user's."""
-    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+    """For ``jax.jit`` of a program on this mesh; None without several GPUs. What XLA_FLAGS names is the user's."""
+    if mesh.size == 1 or mesh.devices.flat[0].platform not in ("gpu", "cuda"):
         return None
     named = os.environ.get("XLA_FLAGS", "")
-    options = same_bits() | (ON_SEVERAL if mesh.size > 1 else {})
-    return {name: value for name, value in options.items() if name not in named}
+    return {name: value for name, value in OPTIONS.items() if name not in named}
