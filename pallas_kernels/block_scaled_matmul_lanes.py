@@ -223,7 +223,7 @@ def products(units: int, total: int, experts: int, shape: tuple[int, int], ragge
                 offset = half * 8 * (inputs // 2) + ahead * (UNIT // 2)
                 words.append(
                     _ptx(
-                        f"ld.global.L1::no_allocate.L2::128B.v4.b32 {{$0,$1,$2,$3}}, [$4+{offset}];",
+                        f"ld.global.L1::no_allocate.L2::256B.v4.b32 {{$0,$1,$2,$3}}, [$4+{offset}];",
                         codes,
                         results=4,
                     )
