@@ -370,7 +370,7 @@ def _train(work: Workload, mesh: Mesh) -> Program:
         setup = TrainSetup(config, mesh)
         state = setup.abstract_state()
         return program(
-            step=make_train_step(setup),
+            step=make_train_step(setup, statistics=False),
             shapes=(state, batch_shapes),
             start=lambda: (setup.init_state(), jax.device_put(batch, sharding)),
             following=lambda arguments, results: (results[0], arguments[1]),

@@ -57,7 +57,7 @@ def block_scaled_matmul(x: jax.Array | NVFP4, w: Packed | NVFP4, *, impl: str | 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x_MK: jax.Array, w: Packed, impl: str) -> jax.Array:
-    return _IMPLEMENTATIONS[impl](x_MK, w).astype(x_MK.dtype)
+    return _IMPLEMENTATIONS[impl](x_MK, w, x_MK.dtype)
 
 
 def _matmul_fwd(x: jax.Array, w: Packed, impl: str) -> tuple[jax.Array, Packed]:
@@ -77,9 +77,9 @@ def _product(spec: str, left: jax.Array, w: Packed) -> jax.Array:
     return jnp.einsum(spec, left, w.operand(left.dtype), precision=exact, preferred_element_type=jnp.float32)
 
 
-def block_scaled_matmul_reference(x_MK: jax.Array, w: Packed) -> jax.Array:
-    """[M, K] x [K, N] -> [M, N] float32, of the unpacked weight; also the best for many rows."""
-    return _product("mk,nk->mn", x_MK, w) * w.scale
+def block_scaled_matmul_reference(x_MK: jax.Array, w: Packed, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """[M, K] x [K, N] -> [M, N] in dtype, of the unpacked weight; also the best for many rows."""
+    return (_product("mk,nk->mn", x_MK, w) * w.scale).astype(dtype)
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {

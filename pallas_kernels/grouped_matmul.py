@@ -59,7 +59,8 @@ def grouped_matmul(
     if isinstance(rhs, Packed):
         reason = block_scaled_matmul_mosaic.unfit(lhs, rhs, lhs.shape[0])
         chosen = choose("grouped_matmul", impl, unfit={"mosaic": reason, "reference": "packed weights"})
-        product = _packed_product(lhs, rhs, group_sizes.astype(jnp.int32), chosen)
+        dtype = jnp.dtype(lhs.dtype if activation is None else jnp.float32)
+        product = _packed_product(lhs, rhs, group_sizes.astype(jnp.int32), chosen, dtype)
         return ACTIVATIONS[activation](product).astype(lhs.dtype)
     chosen = choose("grouped_matmul", impl, unfit={"mosaic": grouped_matmul_mosaic.unfit(lhs, rhs)})
     return _IMPLEMENTATIONS[chosen](lhs, rhs, group_sizes.astype(jnp.int32), activation)
@@ -150,19 +151,19 @@ def rows_times_blocked(lhs: jax.Array, rhs: jax.Array | Packed, group_sizes: jax
     return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out[:rows], 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _packed_product(lhs, rhs, group_sizes, impl):
-    """[M, N] float32. "blocked": each expert is unpacked when its rows are multiplied, so one is dense at a time."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _packed_product(lhs, rhs, group_sizes, impl, dtype):
+    """[M, N] in dtype. "blocked": each expert is unpacked when its rows are multiplied, so one is dense at a time."""
     if impl == "mosaic":
-        return block_scaled_matmul_mosaic.multiply_groups(lhs, rhs, group_sizes)
-    return _scaled(rows_times_blocked(lhs, rhs, group_sizes, "mk,nk->mn"), rhs, group_sizes)
+        return block_scaled_matmul_mosaic.multiply_groups(lhs, rhs, group_sizes, dtype)
+    return _scaled(rows_times_blocked(lhs, rhs, group_sizes, "mk,nk->mn"), rhs, group_sizes).astype(dtype)
 
 
-def _packed_fwd(lhs, rhs, group_sizes, impl):
-    return _packed_product(lhs, rhs, group_sizes, impl), (rhs, group_sizes, jnp.zeros((), lhs.dtype))
+def _packed_fwd(lhs, rhs, group_sizes, impl, dtype):
+    return _packed_product(lhs, rhs, group_sizes, impl, dtype), (rhs, group_sizes, jnp.zeros((), lhs.dtype))
 
 
-def _packed_bwd(impl, residuals, d_out):
+def _packed_bwd(impl, dtype, residuals, d_out):
     rhs, group_sizes, like_lhs = residuals
     d_lhs = rows_times_blocked(d_out.astype(like_lhs.dtype), rhs, group_sizes, "mn,nk->mk")
     return _scaled(d_lhs, rhs, group_sizes).astype(like_lhs.dtype), None, None

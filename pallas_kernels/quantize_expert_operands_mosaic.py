@@ -228,7 +228,7 @@ def _maxima_kernel(m, n, experts, tiles, hadamard, interpret):
 
             def blocks(i, found):
                 a = i * OF_COLUMNS[0]
-                return _larger(found, _kept(words_of_columns(x_s.at[slot], a), a, count), hadamard)
+                return _larger(found, _kept(words_of_columns(x_s.at[slot], a), a, count), hadamard, interpret)
 
             found = lax.fori_loop(0, A // OF_COLUMNS[0], blocks, found)
             plgpu.commit_smem()  # every thread has read the slot
@@ -261,14 +261,14 @@ def _maxima_kernel(m, n, experts, tiles, hadamard, interpret):
     )
 
 
-def _larger(found, words, hadamard):
+def _larger(found, words, hadamard, interpret):
     """The larger of what was found and of the bits of |x| and |H(x)|, thread by thread; NaN above all."""
     plain, turned = found
     for parity in range(2):
         parts = [halves(word)[parity] for word in words]
         plain = functools.reduce(jnp.maximum, map(_size, parts), plain)
         if hadamard:
-            turned = functools.reduce(jnp.maximum, map(_size, transformed(parts)), turned)
+            turned = functools.reduce(jnp.maximum, map(_size, transformed(parts, interpret)), turned)
     return plain, turned if hadamard else plain
 
 

@@ -34,7 +34,6 @@ from pallas_kernels.mosaic import Interpret, kernel_call
 from pallas_kernels.nvfp4 import (
     BLOCK,
     NVFP4,
-    e2m1_nearest_size,
     e2m1_stochastic_size,
     signed_sums,
 )
@@ -135,7 +134,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
                 bytes_of = column_bytes(of_tokens, tile_b + b + along(0), along(1))
             for parity in range(2):
                 parts = [halves(word)[parity] for word in words]
-                parts = transformed(parts) if hadamard else parts
+                parts = transformed(parts, interpret) if hadamard else parts
                 draw = bytes_of(parity) if bytes_of else None
                 scale, packed = _quantized(parts, encodings[1], draw, interpret)
                 for w in range(2):
@@ -148,7 +147,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
         plgpu.commit_smem()
         for to, made in results:
             plgpu.copy_smem_to_gmem(made, to)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     blocks_m, blocks_n = m // BLOCK, n // BLOCK
     codes: list[tuple[int, ...]] = [(m, n // 8), (n, m // 8)]
@@ -237,9 +236,14 @@ def bits_of_blocks(stream: Any, block_of_rows: Any) -> list[Any]:
     return [bits_of_rows(stream, block_of_rows * BLOCK + row) for row in range(BLOCK)]
 
 
-def transformed(parts: list[Any]) -> list[Any]:
+def transformed(parts: list[Any], interpret: Interpret) -> list[Any]:
     """The Hadamard transform of 16 arrays, rounded to bfloat16: opaque to XLA, this cast is not removed."""
-    return [z.astype(jnp.bfloat16).astype(jnp.float32) for z in signed_sums([part * 0.25 for part in parts])]
+    sums = signed_sums([part * 0.25 for part in parts])
+    if interpret is not None:
+        return [z.astype(jnp.bfloat16).astype(jnp.float32) for z in sums]
+    # Two at a time: a conversion of one goes to a pipe that takes one every eight cycles.
+    pairs = zip(sums[::2], sums[1::2], strict=True)
+    return [half for pair in pairs for half in halves(_asm("cvt.rn.bf16x2.f32 $0, $2, $1;", jnp.uint32, *pair))]
 
 
 def encoding(amax: Any, shape: tuple[int, ...], interpret: Interpret) -> Encoding:
@@ -252,47 +256,108 @@ def encoding(amax: Any, shape: tuple[int, ...], interpret: Interpret) -> Encodin
     return encode * (1 / 6), _divide(1.0, encode, interpret)
 
 
-def rounded(
+def scaled(
     parts: list[Any],
     of_tensor: Encoding,
-    draw: list[Any] | None,
     interpret: Interpret,
     across: Callable[[Any], Any] = lambda largest: largest,
 ) -> tuple[Any, Any, list[Any]]:
-    """16 float32 arrays, element by element one block; or any number of them, part of it.
+    """16 float32 arrays, element by element one block, in units of its scale; or any number of them, part of it.
 
     Args:
       of_tensor: of the parts' shape.
-      draw: bytes (uint32) like the parts, for stochastic rounding.
       across: from the largest of the parts to that of the block, where others have more of it.
 
     Returns:
-      the scale: its e4m3 code uint32, and its value; E2M1 codes uint32, of any value where the scale is NaN.
+      the scale: its e4m3 code uint32, and its value; the parts, which E2M1 is to round.
     """
     sixth, decode = of_tensor
     largest = across(functools.reduce(jnp.maximum, [jnp.abs(part) for part in parts]))
     scale, value = _e4m3(largest * sixth, interpret)
     inverse = jnp.minimum(_divide(1.0, value * decode, interpret), floats.FLOAT32_MAX)
-    codes = []
-    for i, part in enumerate(parts):
-        scaled = part * inverse
-        if draw is None:
-            sign = jnp.where(scaled < 0, jnp.uint32(8), jnp.uint32(0))
-            codes.append(e2m1_nearest_size(jnp.abs(scaled)) | sign)
-        else:
-            sign = (lax.bitcast_convert_type(scaled, jnp.uint32) >> jnp.uint32(28)) & jnp.uint32(8)
-            codes.append(e2m1_stochastic_size(jnp.abs(scaled), draw[i]) | sign)
-    return scale, value, codes
+    return scale, value, [part * inverse for part in parts]
+
+
+def stochastic_code(x: Any, draw: Any) -> Any:
+    """E2M1 code uint32 of float32 by a byte (uint32)."""
+    sign = (lax.bitcast_convert_type(x, jnp.uint32) >> jnp.uint32(28)) & jnp.uint32(8)
+    return e2m1_stochastic_size(jnp.abs(x), draw) | sign
 
 
 def _quantized(parts, of_tensor, draw, interpret):
-    """`rounded`: the codes of scales, and 8 E2M1 codes each in two arrays uint32."""
-    scale, value, codes = rounded(parts, of_tensor, draw, interpret)
+    """The codes of scales, and 8 E2M1 codes each in two arrays uint32; ``draw``: a byte for each of the parts."""
+    scale, value, parts = scaled(parts, of_tensor, interpret)
+    if draw is None:
+        codes = [nearest_code(part, interpret) for part in parts]
+    else:
+        codes = [stochastic_code(part, each) for part, each in zip(parts, draw, strict=True)]
     packed = [functools.reduce(lambda word, code: word * jnp.uint32(16) + code, codes[w : w + 8][::-1]) for w in (0, 8)]
     if draw is None:  # to nearest, NaN is 0; a GPU's NaN has all bits set
+        excess = jnp.uint32(sum(EXCESS << 4 * i for i in range(8)) % 2**32)
         kept = jnp.where(jnp.isnan(value), jnp.uint32(0), jnp.uint32(0xFFFFFFFF))
-        packed = [word & kept for word in packed]
+        packed = [(word - excess) & kept for word in packed]
     return scale, packed
+
+
+ROUNDING = 1.5 * 2.0**25  # what is added to it is rounded to fours, ties to even, and the lowest bits count them
+EXCESS = 0x4C400000  # its own bits
+
+
+def nearest_code(x: Any, interpret: Interpret) -> Any:
+    """E2M1 code of float32, to nearest, ties to even; uint32, with EXCESS beyond the lowest four bits.
+
+    A GPU compares and selects half as fast as it adds, but it clips a sum to 0 .. 1 for nothing. Sizes up to 2 are four
+    codes, from there to 4 are two and to 6 are one: what is clipped counts so often, and is rounded as it is added. A
+    tie goes to an even sum, and the sums before are even.
+    """
+    half = jnp.abs(x) * 0.5
+    code = jnp.where(x < 0, jnp.float32(ROUNDING + 4 * 8), jnp.float32(ROUNDING))
+    for codes, begin in ((4, 0.0), (2, 1.0), (1, 2.0)):
+        code = code + jnp.float32(4 * codes) * _clipped(half, begin, interpret)  # twice would become a sum of its own
+    return lax.bitcast_convert_type(code, jnp.uint32)
+
+
+def nearest_value(x: Any, interpret: Interpret) -> Any:
+    """The value of E2M1 that is nearest to a float32, ties to even; any where x is NaN. -0 is 0, as its code is.
+
+    Added to 1.5 * 2^22 of the steps of E2M1 about x, a float32 is rounded to whole steps.
+    """
+    x = x + 0.0 if interpret is None else jnp.where(x == 0, 0.0, x)  # a sum that XLA would leave out
+    x = jnp.clip(x, -6.0, 6.0)
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    power = jnp.maximum(bits & jnp.uint32(0x7F800000), jnp.uint32(0x3F800000))  # of x, 1 at least
+    large = lax.bitcast_convert_type(power + jnp.uint32((22 << 23) + (1 << 22)), jnp.float32)
+    nearest = lax.bitcast_convert_type((x + large) - large, jnp.uint32)
+    return lax.bitcast_convert_type(nearest | bits & jnp.uint32(0x80000000), jnp.float32)
+
+
+def stochastic_value(x: Any, draw: Any, interpret: Interpret) -> Any:
+    """The value of `stochastic_code`, with the sign of zero; any where x is NaN.
+
+    The sum of |x| and a share of its step is cut to whole steps, of |x| too: one that reaches the next power of two
+    stays there.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    power = jnp.maximum(bits & jnp.uint32(0x7F800000), jnp.uint32(0x3F800000))  # of x, 1 at least; twice its step
+    share = lax.bitcast_convert_type(power - jnp.uint32(9 << 23), jnp.float32)  # a 256th of the step
+    # A byte in the lowest bits of 2^23: a conversion takes the pipe that is the slowest.
+    byte = lax.bitcast_convert_type(draw | jnp.uint32(0x4B000000), jnp.float32) - jnp.float32(2.0**23)
+    moved = jnp.abs(x) + byte * share
+    if interpret is None:
+        large = lax.bitcast_convert_type(power + jnp.uint32(22 << 23), jnp.float32)
+        cut = _asm("add.rz.f32 $0, $1, $2;", jnp.float32, moved, large) - large
+    else:
+        step = share * 256
+        cut = jnp.floor(moved / step) * step
+    size = lax.bitcast_convert_type(jnp.minimum(cut, 6.0), jnp.uint32)
+    return lax.bitcast_convert_type(size | bits & jnp.uint32(0x80000000), jnp.float32)
+
+
+def _clipped(x, begin, interpret):
+    """x - begin within 0 .. 1."""
+    if interpret is not None:
+        return jnp.clip(x - begin, 0.0, 1.0)
+    return _asm(f"add.sat.f32 $0, $1, 0f{int(np.float32(-begin).view(np.uint32)):08X};", jnp.float32, x)
 
 
 def _e4m3(x, interpret):
@@ -300,9 +365,10 @@ def _e4m3(x, interpret):
     if interpret is not None:  # which knows no registers
         code = floats.e4m3_code(x)
         return code.astype(jnp.uint32), floats.e4m3_value(code)
-    code = _asm("cvt.rn.satfinite.e4m3x2.f32 two, 0f00000000, $1; cvt.u32.u16 $0, two;", x, jnp.uint32)
+    registers = ".reg .b16 two, high; .reg .b32 pair;"
+    code = _asm(registers + "cvt.rn.satfinite.e4m3x2.f32 two, 0f00000000, $1; cvt.u32.u16 $0, two;", jnp.uint32, x)
     halves = "cvt.u16.u32 two, $1; cvt.rn.f16x2.e4m3x2 pair, two; mov.b32 {two, high}, pair; cvt.f32.f16 $0, two;"
-    return code, _asm(halves, code, jnp.float32)
+    return code, _asm(registers + halves, jnp.float32, code)
 
 
 def _divide(numerator, x, interpret):
@@ -311,7 +377,7 @@ def _divide(numerator, x, interpret):
         return numerator / x
     bits = np.float32(numerator).view(np.uint32)
     instruction = "rcp.rn.f32 $0, $1;" if numerator == 1 else f"div.rn.f32 $0, 0f{bits:08X}, $1;"
-    return _asm(instruction, x, jnp.float32)
+    return _asm(instruction, jnp.float32, x)
 
 
 def largest_of_neighbours(x: Any, interpret: Interpret) -> Any:
@@ -319,26 +385,29 @@ def largest_of_neighbours(x: Any, interpret: Interpret) -> Any:
     if interpret is not None:
         return lax.broadcast_in_dim(jnp.max(x, axis=-1), x.shape, range(x.ndim - 1))
     for distance in (1, 2, 4):
-        x = jnp.maximum(x, _asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;", x, jnp.float32))
+        x = jnp.maximum(x, _asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;", jnp.float32, x))
     return x
 
 
-def _asm(instructions, x, dtype):
-    """PTX from $1, a float32 or uint32, to $0, one of the two; for every element."""
-    layout = _strided(x.shape)
+def _asm(instructions, dtype, *operands):
+    """PTX from $1, $2, ..., each a float32 or uint32, to $0, one of the two; for every element."""
+    shape = operands[0].shape
+    layout = _strided(shape)
 
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout=layout))
-    def apply(_, array):
+    @plgpu.inline_mgpu(
+        arg_types=(layout,) * len(operands), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
+    )
+    def apply(_, *arrays):
         f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
         kinds = {jnp.dtype(jnp.float32): (f32, "f"), jnp.dtype(jnp.uint32): (i32, "r")}
-        (_, x_kind), (of_result, result_kind) = kinds[x.dtype], kinds[jnp.dtype(dtype)]
-        registers = np.empty_like(array.registers)
+        of_result, result_kind = kinds[jnp.dtype(dtype)]
+        constraints = ",".join([f"={result_kind}", *(kinds[x.dtype][1] for x in operands)])
+        registers = np.empty_like(arrays[0].registers)
         for i in np.ndindex(registers.shape):
-            operand = vector.extract(array.registers[i], [], [0])
-            code = "{ .reg .b16 two, high; .reg .b32 pair; " + instructions + " }"
-            result = llvm.inline_asm(of_result, [operand], code, f"={result_kind},{x_kind}")
+            given = [vector.extract(array.registers[i], [], [0]) for array in arrays]
+            result = llvm.inline_asm(of_result, given, "{ " + instructions + " }", constraints)
             registers[i] = vector.broadcast(ir.VectorType.get((1,), of_result), result)
         signed = None if of_result == f32 else False
-        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=signed)
+        return mgpu.FragmentedArray(_registers=registers, _layout=arrays[0].layout, _is_signed=signed)
 
-    return apply(x)
+    return apply(*operands)

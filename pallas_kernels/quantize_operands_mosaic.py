@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import Interpret, kernel_call
-from pallas_kernels.nvfp4 import BLOCK, e2m1_value
+from pallas_kernels.nvfp4 import BLOCK
 from pallas_kernels.quantize_mosaic import (
     THREADS,
     Encoding,
@@ -30,8 +30,10 @@ from pallas_kernels.quantize_mosaic import (
     halves,
     iota,
     load_words,
-    rounded,
+    nearest_value,
     row_bytes,
+    scaled,
+    stochastic_value,
     tile_ends,
     transformed,
 )
@@ -160,7 +162,8 @@ def _columns(of_tensor, x_s, scales_g, tile_a, tile_b, hadamard, stream, interpr
 def round_rows(x_s: Any, rows_s: Any, a: Any, of_tensor: Encoding, draw: list[Any] | None, interpret: Interpret) -> Any:
     """Tile x_s [A, 16, B, 8], from its a-th block of rows on -> the same of rows_s; e4m3 codes uint32 of the scales.
 
-    The other arguments are those of `quantize_mosaic.rounded`; arrays are as OF_ROWS.
+    The other arguments are those of `quantize_mosaic.scaled`, and a byte of each part for stochastic rounding; arrays
+    are as OF_ROWS.
     """
     here = pl.ds(a, OF_ROWS[0])
     words = [load_words(x_s.at[here, :, :, pl.ds(j, 1)], OF_ROWS) for j in range(8)]
@@ -190,7 +193,7 @@ def round_columns(
     scales, made = [], []
     for parity in range(2):
         parts = [halves(word)[parity] for word in words]
-        parts = transformed(parts) if hadamard else parts
+        parts = transformed(parts, interpret) if hadamard else parts
         scale, operands = _operands(parts, of_tensor, bytes_of(parity) if bytes_of else None, interpret)
         scales.append(scale)
         made.append(operands)
@@ -201,8 +204,10 @@ def round_columns(
 
 def _operands(parts, of_tensor, draw, interpret):
     """The codes of scales, and 16 arrays of code * scale, float32 that are bfloat16."""
-    scale, value, codes = rounded(parts, of_tensor, draw, interpret)
-    return scale, [e2m1_value(code) * value for code in codes]
+    scale, value, parts = scaled(parts, of_tensor, interpret)
+    if draw is None:
+        return scale, [nearest_value(part, interpret) * value for part in parts]
+    return scale, [stochastic_value(part, each, interpret) * value for part, each in zip(parts, draw, strict=True)]
 
 
 def word_of(low: Any, high: Any) -> Any:

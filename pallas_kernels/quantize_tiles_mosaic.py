@@ -20,8 +20,16 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import floats
 from pallas_kernels.mosaic import Interpret, kernel_call
-from pallas_kernels.nvfp4 import BLOCK, e2m1_value
-from pallas_kernels.quantize_mosaic import encoding, halves, iota, largest_of_neighbours, load_words, rounded
+from pallas_kernels.nvfp4 import BLOCK
+from pallas_kernels.quantize_mosaic import (
+    encoding,
+    halves,
+    iota,
+    largest_of_neighbours,
+    load_words,
+    nearest_value,
+    scaled,
+)
 from pallas_kernels.quantize_operands_mosaic import word_of
 
 A, B = 4, 4
@@ -77,8 +85,8 @@ def _kernel(tensors, tiles_m, tiles_n, wide, interpret):
             both = [halves(load_words(row, PAIRS)) for row in rows]
         parts = [part for each in both for part in each]
         across = functools.partial(largest_of_neighbours, interpret=interpret)
-        _, value, codes = rounded(parts, of_tensor, None, interpret, across)
-        made = [e2m1_value(code) * value for code in codes]
+        _, value, parts = scaled(parts, of_tensor, interpret, across)
+        made = [nearest_value(part, interpret) * value for part in parts]
         for row in range(BLOCK):
             out_s.at[:, pl.ds(row, 1)][...] = word_of(made[2 * row], made[2 * row + 1])
         plgpu.commit_smem()

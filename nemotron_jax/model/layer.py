@@ -23,7 +23,7 @@ from nemotron_jax.model.mlp import MLP
 from nemotron_jax.model.moe import MoE
 from nemotron_jax.model.state import MixerState
 from nemotron_jax.parallel.experts import KEPT
-from nemotron_jax.parallel.local import together
+from nemotron_jax.parallel.local import after, together
 from nemotron_jax.parallel.mesh import constrain
 from nemotron_jax.parallel.stack import Stack, as_stored, one_layer, scan_layers
 
@@ -93,6 +93,9 @@ def run_layers(
     aux: dict[str, Array] = {}
     split = [nnx.split(layer) for layer in layers]
     for index, (graphdef, leaves) in enumerate(split):
+        for place, experts in ((index + 1, True), (index + 2, False)):
+            if place < len(split):
+                split[place] = (split[place][0], _gathered_after(h_BTD, split[place][1], experts))
         if index + 1 < len(split):  # while this layer goes backward, the gradients of the next one travel
             h_BTD, following = together(h_BTD, split[index + 1][1])
             split[index + 1] = (split[index + 1][0], following)
@@ -103,6 +106,20 @@ def run_layers(
         new_states.append(state)
         aux.update({f"layers/{index}/{name}": value for name, value in layer_aux.items()})
     return h_BTD, None if states is None else tuple(new_states), aux
+
+
+def _gathered_after(h_BTD: Array, leaves: nnx.State, experts: bool) -> nnx.State:
+    """The leaves, those of experts or the others of which no device gathers anything before ``h_BTD`` is there.
+
+    XLA is told to start what it gathers early (parallel/xla.py): experts while the layer before them runs, the others,
+    which are small, a layer earlier, so that they need not wait for those.
+    """
+    flat = list(nnx.to_flat_state(leaves))
+    chosen = [("experts" in path) == experts for path, _ in flat]
+    tied = iter(after(h_BTD, [leaf for (_, leaf), mine in zip(flat, chosen, strict=True) if mine]))
+    return nnx.from_flat_state(
+        [(path, next(tied) if mine else leaf) for (path, leaf), mine in zip(flat, chosen, strict=True)]
+    )
 
 
 def _run_stack(

@@ -30,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from nemotron_jax.parallel.experts_gathered import ROOM, Apply, everywhere
-from nemotron_jax.parallel.local import Axes, gathered, per_device, together
+from nemotron_jax.parallel.local import Axes, after, gathered, per_device, together
 from nemotron_jax.parallel.mesh import mesh_axes, shards
 from pallas_kernels import permute, unpermute
 from pallas_kernels.packed import Packed
@@ -96,6 +96,8 @@ def routed(
         *params: Any,
     ) -> Array:
         if not packed:
+            # The weight that is used first travels first (model/layer.py); the other while its rows are sorted.
+            params = (params[0], *after(u_BTL, params[1:]))
             params = tuple(gathered(w, of, shape, dtype) for w, of, shape in zip(params, axes, shapes, strict=True))
             u_BTL, params = together(u_BTL, params)
         x, experts, weights = (z.reshape(-1, z.shape[-1]) for z in (u_BTL, experts_BTK, weights_BTK))

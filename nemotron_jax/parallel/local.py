@@ -92,17 +92,49 @@ def together(x: Array, weights: Any) -> tuple[Array, Any]:
     """The identity; in the backward pass no gradient of the two leaves before that of the other is there.
 
     Gradients of weights travel, and XLA schedules what is not needed soon for the end, where nothing is left to hide
-    it behind. Tied to a gradient that other layers wait for, they travel while those are computed.
+    it behind. Tied to a gradient that other layers wait for, they travel while those are computed. Those of vectors
+    are left out: they are small, and would wait for the large ones before them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x, weights
     leaves, tree = jax.tree.flatten(weights)
-    trained = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    trained = [i for i, leaf in enumerate(leaves) if leaf.ndim > 1 and jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    if not trained:
+        return x, weights
     x, tied = _together(x, [leaves[i] for i in trained])
     for i, leaf in zip(trained, tied, strict=True):
         leaves[i] = leaf
     return x, jax.tree.unflatten(tree, leaves)
+
+
+def after(x: Array, tree: Any) -> Any:
+    """The leaves of a tree, there when ``x`` is and not before; nothing of it in the backward pass.
+
+    What is gathered of them cannot start earlier, and queues behind what was: collectives run one after the other, in
+    the order in which they start.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, _after(lax.stop_gradient(x), leaves))
+
+
+@jax.custom_vjp
+def _after(x: Array, leaves: list[Array]) -> list[Array]:
+    return lax.optimization_barrier((x, leaves))[1]
+
+
+def _after_fwd(x: Array, leaves: list[Array]) -> tuple[list[Array], None]:
+    return _after(x, leaves), None
+
+
+def _after_bwd(_: None, gradients: list[Array]) -> tuple[None, list[Array]]:
+    return None, gradients
+
+
+_after.defvjp(_after_fwd, _after_bwd)
 
 
 @jax.custom_vjp

@@ -9,9 +9,14 @@ from jax.sharding import Mesh
 OPTIONS: dict[str, bool | int] = {
     # Collectives run beside arithmetic that does not need them; without it XLA schedules for memory alone.
     "xla_gpu_enable_latency_hiding_scheduler": True,
-    # More than one collective may be under way. With one, the weight gradients of experts queue behind each other, and
-    # what has no place left to hide is made synchronous.
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+    # More than one collective may be under way: those of two layers. With one, the weight gradients of experts queue
+    # behind each other, and what has no place left to hide is made synchronous.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 16,
+    # Not when XLA thinks that they will just be done in time: it takes links for faster than they are. What may start
+    # is said by data (parallel/local.py, `after` and `together`).
+    "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+    # No gradient waits for that of another layer to travel with it.
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 1_000_000,
     # Rows go to experts of the same process through NCCL. XLA's own kernel for it copies with a few blocks: on two
     # H100s it took 129 ms for 0.5 GB, a hundredth of what NVLink carries (openxla/xla issue 33386).
     "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel": False,

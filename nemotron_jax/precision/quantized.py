@@ -50,8 +50,6 @@ COUNTS = ("non_zero", "flushed", "saturated", "non_finite")
 def new_probe() -> Array:
     """The dummy input of a quantised matmul whose gradient is its statistics: COUNTS of each of OPERANDS.
 
-    Where it is not zero, nothing is counted (`counted`), and the gradient is zero.
-
     Counted before rounding (after the Hadamard transform): elements that are finite and not zero; those of them that
     become zero; those that lie above the largest value of their block, by more than float32 rounds; NaN and infinities.
     Where a kernel makes operands, counting repeats the transform as one product, whose sums may differ in the last
@@ -86,13 +84,10 @@ def counts_of(z: Array, values: Array, scale: Array, limit: Array) -> Array:
     return jnp.stack([which.sum(dtype=jnp.float32) for which in each])
 
 
-def counted(probe: Array | None, operands: list[Operand]) -> Array | None:
-    """[len(operands), len(COUNTS)]: zeros, at no cost, where nobody wants them; None without a probe."""
-    if probe is None:
-        return None
-    nothing = jnp.zeros((len(operands), len(COUNTS)), jnp.float32)
-    with jax.named_scope("statistics"):
-        return lax.cond(probe[0, 0] == 0, lambda: jnp.stack([each.counts() for each in operands]), lambda: nothing)
+@jax.named_scope("statistics")
+def counted(operands: list[Operand]) -> Array:
+    """[len(operands), len(COUNTS)]."""
+    return jnp.stack([each.counts() for each in operands])
 
 
 def quantized_matmul(x: Array, w: Array, precision: Precision, seed: Array | None, probe: Array | None = None) -> Array:
@@ -111,7 +106,7 @@ def _forward(x_MK: Array, w_KN: Array, precision: Precision, probe: Array | None
     with jax.named_scope("fprop"):
         x = _together(x_MK, precision, None, rows=True)[0] or quantize_rows(x_MK, precision)
         w = quantize_weight(w_KN, precision, 0)
-        counts = counted(probe, [x, w])
+        counts = None if probe is None else counted([x, w])
     return _product(x, w, (1, 0), precision).astype(x_MK.dtype), counts
 
 
@@ -119,11 +114,11 @@ def _matmul_fwd(
     x: Array, w: Array, seed: Array, probe: Array | None, precision: Precision
 ) -> tuple[Array, tuple[Any, ...]]:
     y, counts = _forward(x, w, precision, probe)
-    return y, (x, w, seed, probe, counts)
+    return y, (x, w, seed, counts)
 
 
 def _matmul_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> tuple[Array, Array, None, Array | None]:
-    x_MK, w_KN, seed, probe, forward = saved
+    x_MK, w_KN, seed, counts = saved
     dy, dy_tokens = _together(dy_MN, precision, seed, rows=True, tokens=True)
     _, x_tokens = _together(x_MK, precision, None, tokens=True)
     with jax.named_scope("dgrad"):
@@ -140,14 +135,13 @@ def _matmul_bwd(precision: Precision, saved: tuple[Any, ...], dy_MN: Array) -> t
             bits = bits_of(precision, seed, WGRAD, _places(dy_MN), dy_MN.shape[1])
             dy_tokens = quantize_tokens(dy_MN, precision, bits)
     dw = _product(x_tokens, dy_tokens, (0, 0), precision)
-    d_probe = of_probe(probe, forward, [dy, x_tokens, dy_tokens])
+    d_probe = of_probe(counts, [dy, x_tokens, dy_tokens])
     return dx.astype(x_MK.dtype), dw.astype(w_KN.dtype), None, d_probe
 
 
-def of_probe(probe: Array | None, forward: Array | None, backward: list[Operand]) -> Array | None:
-    """The gradient of a probe, where there is one; ``forward``: of the operands that come first."""
-    counts = counted(probe, backward)
-    return None if forward is None or counts is None else jnp.concatenate([forward, counts])
+def of_probe(forward: Array | None, backward: list[Operand]) -> Array | None:
+    """The gradient of a probe, from COUNTS of the operands that come first; None without a probe."""
+    return None if forward is None else jnp.concatenate([forward, counted(backward)])
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)

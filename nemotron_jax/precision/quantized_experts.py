@@ -100,15 +100,15 @@ def _experts_fwd(
         w = expert_weights(w_EKN, amax_E, precision, 0)
         scale = x.scale * w.scale
         y = multiply_groups(x.values, w.values, group_sizes, scale, activation=activation, dtype=x_MK.dtype)
-        counts = counted(probe, [x, w])
+        counts = None if probe is None else counted([x, w])
     kept = y if activation else None
-    return y, (x_MK, w_EKN, group_sizes, seed, entry_M, kept, maxima and maxima.tokens, amax_E, probe, counts)
+    return y, (x_MK, w_EKN, group_sizes, seed, entry_M, kept, maxima and maxima.tokens, amax_E, counts)
 
 
 def _experts_bwd(
     precision: Precision, activation: str | None, saved: tuple[Any, ...], dy_MN: Array
 ) -> tuple[Array | None, ...]:
-    x_MK, w_EKN, group_sizes, seed, entry_M, y_MN, x_maxima, amax_E, probe, forward = saved
+    x_MK, w_EKN, group_sizes, seed, entry_M, y_MN, x_maxima, amax_E, counts = saved
     if activation:  # relu2, whose derivative 2 max(z, 0) is 2 sqrt(y)
         dy_MN = (dy_MN.astype(jnp.float32) * 2 * jnp.sqrt(y_MN.astype(jnp.float32))).astype(dy_MN.dtype)
     over_x, over_dy = (precision.cut.rows + axes for axes in (precision.cut.inputs, precision.cut.outputs))
@@ -129,7 +129,7 @@ def _experts_bwd(
         size = block_size(precision)
         filled = -(-group_sizes // size) * size
         dw = sum_groups(x.values, dy_tokens.values, filled, x.scale * dy_tokens.scale, dtype=w_EKN.dtype)
-    return dx, dw, None, None, None, of_probe(probe, forward, [dy, x, dy_tokens])
+    return dx, dw, None, None, None, of_probe(counts, [dy, x, dy_tokens])
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)

@@ -42,7 +42,7 @@ from nemotron_jax.training.plot import loss_png
 from nemotron_jax.training.progress import Progress, human, mfu, startup_table
 from nemotron_jax.training.signals import StopRequest
 from nemotron_jax.training.state import TrainSetup, TrainState
-from nemotron_jax.training.step import global_batch, is_logged, make_train_step, make_validation_step
+from nemotron_jax.training.step import TrainSteps, global_batch, is_logged, make_validation_step
 
 DONE, DIVERGED, STOPPED = 0, 3, 75
 GATHERED_BYTES = 8e9  # of weights that fit on one device beside its share of the run
@@ -103,7 +103,7 @@ class Run:
         self.state, self.last_saved = self._restore_or_init()
         self.metrics = MetricsLog(workdir, resume_step=self.step, write=self.first_process)
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
-        self.train_steps = [(first, make_train_step(setup)) for first, setup in self.setup.phases]
+        self.train_steps = [(first, TrainSteps(setup)) for first, setup in self.setup.phases]
         self.validation_steps = [(first, make_validation_step(setup)) for first, setup in self.setup.phases]
         self.stops = AgreedStop()
 
@@ -136,7 +136,7 @@ class Run:
                 waiting = time.perf_counter()
                 batch = next(self.batches)
                 timer = _Timer(timer.step, timer.start, timer.waited + time.perf_counter() - waiting)
-                self.state, metrics = _at(step, self.train_steps)(self.state, global_batch(self.setup, batch))
+                self.state, metrics = _at(step, self.train_steps)(step, self.state, global_batch(self.setup, batch))
                 if int(skipped) >= self.config.train.max_skipped_steps:
                     return self._diverged(step - 1)
                 skipped = metrics["skipped_in_a_row"]

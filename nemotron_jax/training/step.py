@@ -7,6 +7,7 @@ finite changes nothing but the step number and the count of skipped steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -29,17 +30,49 @@ from nemotron_jax.training.statistics import new_probes, operand_statistics, zer
 Metrics = dict[str, Array]
 
 
-def make_train_step(setup: TrainSetup) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+class TrainSteps:
+    """The updates of the steps that are logged, and of all others, which leave statistics out.
+
+    Under a quantised recipe these are two programs, whose results may differ in the last bits: counting in every step
+    would make it a quarter slower, and a condition within one program as well, since a GPU waits for each.
+    """
+
+    def __init__(self, setup: TrainSetup) -> None:
+        self._config = setup.config
+        self._programs: dict[bool, Any] = {True: make_train_step(setup)}
+        if setup.config.log.every > 1 and new_probes(setup.recipe, setup.config.model):
+            self._programs[False] = make_train_step(setup, statistics=False)
+        self._compiled = len(self._programs) == 1  # at the first call
+
+    def __call__(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """``step``: the number of the update, from 1. It donates the state."""
+        if not self._compiled:  # side by side; tracing does not gain by that
+            lowered = {logged: program.lower(state, batch) for logged, program in self._programs.items()}
+            with ThreadPoolExecutor(len(lowered)) as pool:
+                compiled = pool.map(lambda each: each.compile(), lowered.values())
+                self._programs = dict(zip(lowered, compiled, strict=True))
+            self._compiled = True
+        return self._programs[is_logged(step, self._config) or len(self._programs) == 1](state, batch)
+
+
+def is_logged(step: int, config: RunConfig) -> bool:
+    """Whether the metrics of a step are written down."""
+    return step % config.log.every == 0 or step in (1, config.train.steps)
+
+
+def make_train_step(
+    setup: TrainSetup, *, statistics: bool = True
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted update. It donates the state that it is given.
 
     Metrics (float32 scalars unless said): loss, mtp_loss_<k>, load_balance_loss, grad_norm (before clipping),
     learning_rate, skipped_steps and skipped_in_a_row (int32), max_vio (the largest expert load over the mean, of all
-    MoE layers), expert_load [MoE layers, 2] (smallest and largest load over the mean); under a quantised recipe those
-    of training/statistics.py.
+    MoE layers), expert_load [MoE layers, 2] (smallest and largest load over the mean); with ``statistics`` those of
+    training/statistics.py, under a quantised recipe or where ``log.zero_gradients`` asks for them.
     """
     shardings = setup.state_shardings()
     return jax.jit(
-        lambda state, batch: _train_step(setup, state, batch),
+        lambda state, batch: _train_step(setup, state, batch, statistics),
         in_shardings=(shardings, meshes.batch_sharding(setup.mesh)),
         out_shardings=(shardings, meshes.replicated(setup.mesh)),
         donate_argnums=0,
@@ -47,11 +80,11 @@ def make_train_step(setup: TrainSetup) -> Callable[[TrainState, Batch], tuple[Tr
     )
 
 
-def _train_step(setup: TrainSetup, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+def _train_step(setup: TrainSetup, state: TrainState, batch: Batch, statistics: bool) -> tuple[TrainState, Metrics]:
     config = setup.config
     step_seed = mix_seed(state.buffers["seed"], state.step)
     trained, frozen = setup.split_params(state.params)
-    probes = _probes(setup, state.step + 1)
+    probes = new_probes(setup.recipe, config.model) if statistics else {}
     (grads, counts_of_probes), metrics = _gradients(
         setup, trained, frozen, probes, state.buffers["model"], batch, step_seed
     )
@@ -78,20 +111,9 @@ def _train_step(setup: TrainSetup, state: TrainState, batch: Batch) -> tuple[Tra
     shown = {name: value for name, value in metrics.items() if name not in counts}
     shown |= {"grad_norm": grad_norm, "learning_rate": rate}
     shown |= {"skipped_steps": skipped[0], "skipped_in_a_row": skipped[1]}
-    if counts_of_probes or config.log.zero_gradients:
+    if statistics and (counts_of_probes or config.log.zero_gradients):
         shown |= operand_statistics(counts_of_probes) | zero_gradients(grads, config.model, setup.stack)
     return new_state, shown | _expert_load(counts)
-
-
-def is_logged(step: Any, config: RunConfig) -> Any:
-    """Whether the metrics of a step, an int or an array, are written down: a bool, or an array of one."""
-    return (step % config.log.every == 0) | (step == 1) | (step == config.train.steps)
-
-
-def _probes(setup: TrainSetup, step: Array) -> dict[str, Array]:
-    """Zeros, for statistics, in the steps that are logged; ones, which leave most out, in others."""
-    logged = is_logged(step, setup.config)
-    return {name: jnp.where(logged, probe, 1.0) for name, probe in new_probes(setup.recipe, setup.config.model).items()}
 
 
 def _gradients(

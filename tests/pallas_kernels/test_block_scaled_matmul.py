@@ -2,15 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 from pallas_kernels import block_scaled_matmul, block_scaled_matmul_mosaic, floats, grouped_matmul
 from pallas_kernels.block_scaled_matmul import CASES, Case, block_scaled_matmul_reference, example_inputs
-from pallas_kernels.block_scaled_matmul_mosaic import E2M1_FIELDS, LEFT_OVER, multiply, multiply_groups, scale_bits
+from pallas_kernels.block_scaled_matmul_mosaic import multiply, multiply_groups
 from pallas_kernels.dispatch import compiling_for
-from pallas_kernels.nvfp4 import e2m1_value
 from pallas_kernels.packed import Packed
 
 
@@ -49,28 +47,6 @@ def test_values_of_experts(name, interpret):
     dense = jnp.where(unread[:, None, None], 0, w.dequantize())
     assert distance(got, grouped_matmul(x.astype(jnp.float32), dense, sizes)) < 1e-6
     assert (got[sizes.sum() :] == 0).all()
-
-
-def test_code_and_scale_are_made_of_their_bits_exactly():
-    """What the interpreter leaves out. NumPy keeps subnormals, as the GPU does, and XLA:CPU does not."""
-    byte = np.arange(256, dtype=np.uint16)
-    for codes, fields in zip((byte & 15, byte >> 4), E2M1_FIELDS, strict=True):
-        bits = sum(((byte & mask) << left for mask, left in fields), np.zeros_like(byte))
-        values = bits.view(ml_dtypes.bfloat16).astype(np.float64) * 2.0**126
-        np.testing.assert_array_equal(values, np.asarray(e2m1_value(jnp.asarray(codes, jnp.uint8))))
-    code = np.arange(256, dtype=np.uint32)
-    code = code[(code & 0x7F) != 0x7F]
-    want = code.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-    for place in range(4):
-        word = code << np.uint32(8 * place) | np.uint32(0xA5A5A5A5) & ~np.uint32(0xFF << 8 * place)
-        scales = scale_bits(word, place).view(np.float32) * np.float32(2.0**120) * np.float32(2.0**119)
-        kept = scales.astype(ml_dtypes.bfloat16)
-        np.testing.assert_array_equal(kept.astype(np.float64), want * 2.0**119)
-        # The product of the two, which bfloat16 holds as well.
-        bits = np.arange(8, dtype=np.uint16)[:, None] << 6
-        exact = bits.view(ml_dtypes.bfloat16).astype(np.float64) * kept.astype(np.float64)
-        np.testing.assert_array_equal(exact.astype(ml_dtypes.bfloat16).astype(np.float64), exact)
-        np.testing.assert_array_equal(exact * LEFT_OVER, np.asarray(e2m1_value(jnp.arange(8)))[:, None] * want)
 
 
 def test_scales_that_are_nan_give_nan(interpret):

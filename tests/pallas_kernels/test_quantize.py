@@ -9,10 +9,19 @@ import pytest
 
 from pallas_kernels import quantize
 from pallas_kernels.dispatch import compiling_for
-from pallas_kernels.nvfp4 import SIGNS, hadamard16_of, quantize_nvfp4
+from pallas_kernels.floats import bits_of
+from pallas_kernels.nvfp4 import SIGNS, e2m1_nearest_code, e2m1_value, hadamard16_of, quantize_nvfp4
 from pallas_kernels.quantize import CASES, Case, absolute_maxima, example_inputs, quantize_reference
+from pallas_kernels.quantize_mosaic import (
+    EXCESS,
+    nearest_code,
+    nearest_value,
+    stochastic_code,
+    stochastic_value,
+    transformed,
+    unfit,
+)
 from pallas_kernels.quantize_mosaic import quantize as kernel
-from pallas_kernels.quantize_mosaic import transformed, unfit
 from pallas_kernels.random_bits import DGRAD, WGRAD, random_bytes
 from tests.pallas_kernels import nvfp4_oracle as oracle
 
@@ -100,15 +109,37 @@ def test_nan_and_infinities_in_the_kernel(interpret):
     same(kernel(x, one, one, False, None, interpret), quantize_reference(x, one, one, False, None))
 
 
-def test_the_sums_of_the_transform_are_added_in_one_order():
+def test_the_sums_of_the_transform_are_added_in_one_order(interpret):
     """Terms that are up to 60 binades apart: their sums are rounded; in another order, some to another bfloat16."""
     random = np.random.default_rng(0)
     x = jnp.asarray(random.normal(size=(16, 100_000)) * 2.0 ** random.integers(-30, 31, (16, 100_000)), jnp.bfloat16)
     want = hadamard16_of(list(x), axis=0).astype(jnp.float32)
-    np.testing.assert_array_equal(jnp.stack(transformed([row.astype(jnp.float32) for row in x])), want)
+    np.testing.assert_array_equal(jnp.stack(transformed([row.astype(jnp.float32) for row in x], interpret)), want)
     terms = [sign * 0.25 * row.astype(jnp.float32) for sign, row in zip(SIGNS, x, strict=True)]
     backwards = functools.reduce(jnp.add, terms[::-1]).astype(jnp.bfloat16).astype(jnp.float32)
     assert 0 < (backwards != want[0]).sum() < 100
+
+
+def near_steps():
+    """float32 of both signs about every value of E2M1 and every tie, a few last bits to each side, and beyond."""
+    sizes = np.float32([0, 2.0**-149, 2.0**-126, 1e-9, 0.1, 6.4, 7.9, 8, 12, 1e30, np.inf, *np.arange(0.25, 6.5, 0.25)])
+    bits = sizes.view(np.uint32)[:, None] + np.arange(-3, 4, dtype=np.int64)
+    bits = bits[(bits >= 0) & (bits <= 0x7F800000)].astype(np.uint32)
+    return jnp.asarray(np.concatenate([bits, bits | np.uint32(1 << 31)]).view(np.float32))
+
+
+def test_rounding_to_nearest_by_sums(interpret):
+    x = near_steps()
+    codes = e2m1_nearest_code(x)
+    got = nearest_code(x, interpret) - jnp.uint32(EXCESS)
+    np.testing.assert_array_equal(got, codes)
+    np.testing.assert_array_equal(bits_of(nearest_value(x, interpret)), bits_of(e2m1_value(codes)))
+
+
+def test_stochastic_rounding_by_sums(interpret):
+    x, byte = jnp.broadcast_arrays(near_steps(), jnp.arange(256, dtype=jnp.uint32)[:, None])
+    want = e2m1_value(stochastic_code(x, byte))
+    np.testing.assert_array_equal(bits_of(stochastic_value(x, byte, interpret)), bits_of(want))
 
 
 @pytest.mark.gpu

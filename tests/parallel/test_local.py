@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from nemotron_jax.parallel.local import gathered, index, per_device, scattered, together
+from nemotron_jax.parallel.local import after, gathered, index, per_device, scattered, together
 from nemotron_jax.parallel.mesh import constrain, mesh_axes
 from tests.parallel.conftest import collectives
 
@@ -102,13 +102,13 @@ def test_experts_are_cut_whole_or_else_along_their_width(eight, experts, part):
 
 
 def test_gradients_that_are_there_together(eight):
-    """The identity and its gradient; tied on a mesh alone, and integers not at all."""
+    """The identity and its gradient; tied on a mesh alone, and integers and vectors not at all."""
 
     def loss(x, w):
         x, tied = together(x, {"w": w, "counts": jnp.arange(3)})
         return (x * tied["w"]).sum() + tied["counts"].sum()
 
-    x, w = jnp.arange(3.0), jnp.array([2.0, 5.0, 7.0])
+    x, w = jnp.arange(3.0), jnp.array([[2.0, 5.0, 7.0]])
 
     def gradient(*arguments):
         return jax.grad(loss, (0, 1))(*arguments)
@@ -116,9 +116,27 @@ def test_gradients_that_are_there_together(eight):
     assert "optimization_barrier" not in jax.jit(gradient).lower(x, w).as_text()
     with jax.set_mesh(eight(fsdp=8)):
         assert jax.jit(gradient).lower(x, w).as_text().count("optimization_barrier") == 1
+        assert "optimization_barrier" not in jax.jit(gradient).lower(x, w[0]).as_text()
         dx, dw = jax.jit(gradient)(x, w)
-    np.testing.assert_array_equal(dx, w)
-    np.testing.assert_array_equal(dw, x)
+    np.testing.assert_array_equal(dx, w[0])
+    np.testing.assert_array_equal(dw, x[None])
+
+
+def test_weights_that_are_there_later(eight):
+    """The identity, on a mesh behind what they wait for; nothing of it in the backward pass."""
+
+    def loss(x, w):
+        return (x * after(x, {"w": w})["w"]).sum()
+
+    x, w = jnp.arange(3.0), jnp.array([[2.0, 5.0, 7.0]])
+    assert "optimization_barrier" not in jax.jit(loss).lower(x, w).as_text()
+    with jax.set_mesh(eight(fsdp=8)):
+        assert jax.jit(loss).lower(x, w).as_text().count("optimization_barrier") == 1
+        gradient = jax.jit(jax.grad(loss, (0, 1)))
+        assert gradient.lower(x, w).as_text().count("optimization_barrier") == 1
+        dx, dw = gradient(x, w)
+    np.testing.assert_array_equal(dx, w[0])
+    np.testing.assert_array_equal(dw, x[None])
 
 
 def test_activations_keep_their_rows_together(eight):

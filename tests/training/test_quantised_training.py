@@ -14,7 +14,7 @@ from nemotron_jax.precision.quantized import OPERANDS
 from nemotron_jax.precision.recipe import QUANTIZED, recipe
 from nemotron_jax.run_config import PrecisionConfig
 from nemotron_jax.training.state import TrainSetup
-from nemotron_jax.training.step import global_batch, make_train_step
+from nemotron_jax.training.step import TrainSteps, global_batch, make_train_step
 from tests.tiny import TINY, random_batch, tiny_run
 
 MODEL = dataclasses.replace(
@@ -104,6 +104,22 @@ def test_statistics_are_logged():
     assert weights == quantised | {"eh_proj", "fc1_latent_proj", "fc2_latent_proj"} | {f"{p}_proj" for p in "qkvo"}
     assert {name.split("/", 1)[1].rsplit("/", 1)[0] for name in logged if name.startswith("flushed/")} == quantised
     assert not [name for name in LOGGED["bfloat16", None] if "/" in name]
+
+
+@SLOW
+def test_steps_that_are_not_logged_count_nothing_and_train_the_same():
+    """Two programs: equal to rounding, each of the steps that are its own."""
+    setup, _ = compiled("nvfp4", None)
+    config = dataclasses.replace(setup.config, log=dataclasses.replace(setup.config.log, every=2))
+    steps = TrainSteps(dataclasses.replace(setup, config=config))
+    state, found = setup.init_state(), []
+    with jax.set_mesh(setup.mesh):
+        for number, batch in enumerate(BATCHES, start=1):
+            state, metrics = steps(number, state, global_batch(setup, batch))
+            found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+            assert any(name.startswith("flushed/") for name in metrics) == (number < 3)  # the first, and every second
+            assert any(name.startswith("zero_gradients/") for name in metrics) == (number < 3)
+    np.testing.assert_allclose(found, losses("nvfp4")[0], rtol=1e-3)
 
 
 @SLOW
