@@ -117,6 +117,7 @@ def whole_atoms(z: jax.Array) -> jax.Array:
     return jnp.pad(z, ((0, -z.shape[0] % ALIGN), (0, 0))) if z.shape[0] % ALIGN else z
 
 
+@functools.partial(jax.jit, static_argnums=1)  # traced once for the many calls of a layer, which XLA merges
 def row_tiles(group_sizes: jax.Array, rows: int) -> RowTiles:
     """Cut `rows` rows, sorted by group, into tiles; computed on the device in four small kernels."""
     groups = group_sizes.shape[0]

@@ -73,10 +73,17 @@ def quantize_expert_operands(
     return function(x, group_sizes.astype(jnp.int32), amax, amax_columns, hadamard, seed, entries)
 
 
-def expert_maxima(x: jax.Array, group_sizes: jax.Array, *, hadamard: bool = False, impl: str | None = None) -> Maxima:
-    """max |x| and max |H(x)| of each expert's rows, float32 [E]: what `quantize_expert_operands` is given."""
+def expert_maxima(
+    x: jax.Array, group_sizes: jax.Array | None, *, hadamard: bool = False, impl: str | None = None
+) -> Maxima:
+    """max |x| and max |H(x)| of each expert's rows, float32 [E]: what `quantize_expert_operands` is given.
+
+    group_sizes: None: one expert has all rows.
+    """
+    if group_sizes is not None:
+        group_sizes = group_sizes.astype(jnp.int32)
     _check(x, group_sizes)
-    return _IMPLEMENTATIONS[implementation(x, impl)][1](x, group_sizes.astype(jnp.int32), hadamard)
+    return _IMPLEMENTATIONS[implementation(x, impl)][1](x, group_sizes, hadamard)
 
 
 def implementation(x: jax.Array, impl: str | None = None) -> str:
@@ -85,9 +92,10 @@ def implementation(x: jax.Array, impl: str | None = None) -> str:
     return choose("quantize_expert_operands", impl, unfit={"mosaic": unfit})
 
 
-def _check(x: jax.Array, group_sizes: jax.Array) -> None:
+def _check(x: jax.Array, group_sizes: jax.Array | None) -> None:
     require_shape("quantize_expert_operands", "x", x, "[M, N]", (None, None))
-    require_shape("quantize_expert_operands", "group_sizes", group_sizes, "[E]", (None,))
+    if group_sizes is not None:
+        require_shape("quantize_expert_operands", "group_sizes", group_sizes, "[E]", (None,))
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"quantize_expert_operands: x must be bfloat16 or float32, got {x.dtype}")
     if x.shape[1] % BLOCK:
@@ -128,8 +136,9 @@ def quantize_expert_operands_reference(
     return rows, columns
 
 
-def expert_maxima_reference(x: jax.Array, group_sizes: jax.Array, hadamard: bool) -> Maxima:
+def expert_maxima_reference(x: jax.Array, group_sizes: jax.Array | None, hadamard: bool) -> Maxima:
     """Arguments and results as of `expert_maxima`."""
+    group_sizes = jnp.array([len(x)], jnp.int32) if group_sizes is None else group_sizes
     whole = whole_blocks(group_sizes, len(x), BLOCK)
     filled = whole.filled(x)
     zeros = jnp.zeros(len(group_sizes), jnp.float32)

@@ -86,17 +86,18 @@ def quantize_expert_operands(
 
 
 def expert_maxima(
-    x: jax.Array, group_sizes: jax.Array, hadamard: bool, interpret: Interpret = None
+    x: jax.Array, group_sizes: jax.Array | None, hadamard: bool, interpret: Interpret = None
 ) -> tuple[jax.Array, jax.Array]:
     """Arguments and results as of `quantize_expert_operands.expert_maxima`."""
     x = _whole_tiles(x)
     m, n = x.shape
-    tiles = _tiles(group_sizes, m)
-    kernel = _maxima_kernel(m, n, len(group_sizes), len(tiles.group), hadamard, interpret)
+    tiles = _tiles(group_sizes, m) if group_sizes is not None else _tiles_of_one(m)
+    experts = len(group_sizes) if group_sizes is not None else 1
+    kernel = _maxima_kernel(m, n, experts, len(tiles.group), hadamard, interpret)
     (of_tiles,) = kernel(tiles.group, tiles.row, tiles.end, _words(x, interpret))
     of_tiles = of_tiles.reshape(len(tiles.group), -1, 2, THREADS).max((1, 3))
     # No scatter, whose order is any: a masked maximum of so few numbers is one small kernel.
-    of_expert = jnp.where(tiles.group == jnp.arange(len(group_sizes))[:, None], of_tiles.T[:, None], 0).max(2)
+    of_expert = jnp.where(tiles.group == jnp.arange(experts)[:, None], of_tiles.T[:, None], 0).max(2)
     plain, turned = floats.float_of(of_expert.astype(jnp.uint32))
     return plain, turned
 
@@ -112,6 +113,13 @@ def _tiles(group_sizes, m):
     blocks = (group_sizes + BLOCK - 1) // BLOCK * BLOCK
     filled_starts = jnp.where(group[:-1] < group[:, None], blocks, 0).sum(1, dtype=jnp.int32)
     return _Tiles(cut.group, cut.row, cut.end, cut.row + (filled_starts - cut.starts)[cut.group])
+
+
+def _tiles_of_one(m):
+    """Of one expert that has all rows: what `_tiles` needs many operations for."""
+    tile = jnp.arange(-(-m // ROWS), dtype=jnp.int32)
+    nothing = jnp.zeros_like(tile)
+    return _Tiles(nothing, tile * ROWS, jnp.full_like(tile, m), nothing)
 
 
 def _words(x, interpret):

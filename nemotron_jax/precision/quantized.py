@@ -36,7 +36,7 @@ from jax import Array, lax
 from nemotron_jax.precision.formats import NVFP4, quantize_fp8, quantize_mxfp8, quantize_nvfp4
 from nemotron_jax.precision.recipe import MULTIPLES, Precision
 from pallas_kernels import floats, nvfp4_matmul, quantize_operands, quantize_tiles
-from pallas_kernels.nvfp4 import e2m1_value, global_scale, hadamard16_of, hadamard_matrix, nvfp4_codes, pack
+from pallas_kernels.nvfp4 import E2M1_MAX, e2m1_value, hadamard16_of, hadamard_matrix, nvfp4_codes, pack
 from pallas_kernels.nvfp4_matmul import implementation as product_by
 from pallas_kernels.quantize_expert_operands import expert_maxima
 from pallas_kernels.quantize_operands import implementation as operands_by
@@ -157,6 +157,11 @@ def _product(a: Operand, b: Operand, axes: tuple[int, int], precision: Precision
     return product * (a.scale * b.scale)
 
 
+def nvfp4_scale(amax: Array) -> Array:
+    """`nvfp4.global_scale` but for the last place, of which float32 sums have no use: one operation, not a hundred."""
+    return amax * jnp.float32(1 / (E2M1_MAX * 448))
+
+
 def _by_codes(inner: int) -> bool:
     """Whether the product over an axis of this size takes codes."""
     return product_by(inner) != "reference"
@@ -186,7 +191,7 @@ def quantize_weight(w_KN: Array, precision: Precision, axis: int) -> Operand:
 def quantize_square(w: Array, amax: Array, precision: Precision) -> Operand:
     """NVFP4 in tiles of 16x16: w [..., M, N] with amax and scale [...]; values like w, the same along either axis."""
     values = quantize_tiles(w, amax, dtype=precision.operands)
-    scale = global_scale(amax)
+    scale = nvfp4_scale(amax)
 
     def count() -> Array:
         limit = 6 * jnp.repeat(tile_scales(w, amax), 16, axis=-2)
@@ -225,7 +230,7 @@ def _together(
     with jax.named_scope("quantize"):
         amax_rows = amax_tokens = None
         if tokens:  # one pass over z for both
-            maxima = expert_maxima(z_MK, jnp.array([len(z_MK)], jnp.int32), hadamard=precision.hadamard)
+            maxima = expert_maxima(z_MK, None, hadamard=precision.hadamard)
             amax_rows, amax_tokens = (amax[0] for amax in maxima)
         elif rows:  # which XLA can make with z
             amax_rows = floats.absolute_max(z_MK)
@@ -236,7 +241,7 @@ def _together(
     def operand(rounded: tuple[Array, Array] | None, amax: Array | None, axis: int) -> Operand | None:
         if rounded is None or amax is None:
             return None
-        (values, scales), scale = rounded, global_scale(amax)
+        (values, scales), scale = rounded, nvfp4_scale(amax)
 
         def count() -> Array:
             z = z_MK.reshape(len(z_MK), -1, 16) if axis == 2 else turned_at_once(z_MK, precision)
@@ -301,7 +306,7 @@ def rounded_rows(z_MK: Array, precision: Precision, bits: Array | None = None, a
         coded = None
         if _by_codes(z_MK.shape[1]):
             coded = NVFP4(pack(codes.reshape(z_MK.shape)), floats.as_e4m3(scales[..., 0]), amax)
-        return Rounded(values.reshape(z_MK.shape), global_scale(amax), limit[..., 0], coded)
+        return Rounded(values.reshape(z_MK.shape), nvfp4_scale(amax), limit[..., 0], coded)
     if precision.format == "mxfp8":
         mx = quantize_mxfp8(z_MK)
         limit = 448 * floats.float_of(mx.scales.astype(jnp.uint32) << 23)
@@ -345,14 +350,14 @@ def quantize_tokens(
 
         def count() -> Array:
             z = turned(z_MK, precision)
-            return counts_of(z, values.reshape(z.shape), global_scale(amax_B)[:, None, None], limit)
+            return counts_of(z, values.reshape(z.shape), nvfp4_scale(amax_B)[:, None, None], limit)
 
         if block_expert is not None:
-            return Operand(values, global_scale(amax_E), count)
+            return Operand(values, nvfp4_scale(amax_E), count)
         coded = None
         if _by_codes(len(z_MK)):
             coded = NVFP4(pack(codes.reshape(z_MK.shape).T), floats.as_e4m3(scales[:, 0].T), amax)
-        return Operand(values, global_scale(amax), count, coded)
+        return Operand(values, nvfp4_scale(amax), count, coded)
 
     def as_rows(z: Array) -> Array:
         return jnp.swapaxes(z.reshape(z_BSK.shape), 1, 2).reshape(-1, size)

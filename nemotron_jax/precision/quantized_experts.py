@@ -28,6 +28,7 @@ from nemotron_jax.precision.quantized import (
     block_size,
     counted,
     counts_of,
+    nvfp4_scale,
     of_all,
     of_probe,
     quantize_square,
@@ -39,7 +40,7 @@ from nemotron_jax.precision.quantized import (
 from nemotron_jax.precision.recipe import Precision
 from pallas_kernels import floats, quantize_expert_operands
 from pallas_kernels.grouped_products import multiply_groups, sum_groups
-from pallas_kernels.nvfp4 import block_scales, global_scale
+from pallas_kernels.nvfp4 import block_scales
 from pallas_kernels.quantize_expert_operands import expert_maxima
 from pallas_kernels.quantize_expert_operands import implementation as operands_by
 from pallas_kernels.random_bits import DGRAD, WGRAD
@@ -190,7 +191,7 @@ def _by_kernel(
     def operand(values: Array | None, amax_E: Array, axis: int) -> Operand | None:
         if values is None:
             return None
-        return Operand(values, global_scale(amax_E), lambda: _counts(z_MK, values, amax_E, of, axis))
+        return Operand(values, nvfp4_scale(amax_E), lambda: _counts(z_MK, values, amax_E, of, axis))
 
     return operand(made[0], maxima.rows, 2), operand(made[1], maxima.tokens, 1)
 
@@ -207,7 +208,7 @@ def _counts(z_MK: Array, values: Array, amax_E: Array, of: _Rows, axis: int) -> 
         z = turned_at_once(whole.filled(z_MK), of.precision)
     amax = amax_E[jnp.minimum(expert, last)][:, None, None]
     scales = block_scales(floats.absolute_max(z, axis=axis, keepdims=True), amax)
-    return counts_of(z, values.reshape(z.shape), global_scale(amax), 6 * floats.e4m3_value(scales))
+    return counts_of(z, values.reshape(z.shape), nvfp4_scale(amax), 6 * floats.e4m3_value(scales))
 
 
 def _by_rows(z_MK: Array, of: _Rows, maxima: _Maxima | None) -> Operand:

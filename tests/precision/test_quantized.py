@@ -237,6 +237,17 @@ def test_random_bytes():
     assert abs(correlation) < 0.02
 
 
+def interpret_tiles(monkeypatch, calls):
+    """The kernel of weights; ``calls`` gets "tiles" for each."""
+
+    def tiles(*arguments):
+        calls.append("tiles")
+        return quantize_tiles_mosaic.quantize_tiles(*arguments, plgpu.InterpretGPUParams())
+
+    module = importlib.import_module("pallas_kernels.quantize_tiles")
+    monkeypatch.setitem(module._IMPLEMENTATIONS, "mosaic", tiles)
+
+
 def test_the_kernel_of_both_operands_changes_no_bit(monkeypatch):
     """Interpreted, in place of what runs elsewhere: product, gradients and statistics."""
     module = importlib.import_module("pallas_kernels.quantize_operands")
@@ -266,12 +277,7 @@ def test_the_kernel_of_both_operands_changes_no_bit(monkeypatch):
     of_experts = importlib.import_module("pallas_kernels.quantize_expert_operands")
     monkeypatch.setitem(of_experts._IMPLEMENTATIONS, "mosaic", (None, maxima))
 
-    def tiles(*arguments):
-        calls.append("tiles")
-        return quantize_tiles_mosaic.quantize_tiles(*arguments, plgpu.InterpretGPUParams())
-
-    of_tiles = importlib.import_module("pallas_kernels.quantize_tiles")
-    monkeypatch.setitem(of_tiles._IMPLEMENTATIONS, "mosaic", tiles)
+    interpret_tiles(monkeypatch, calls)
     with compiling_for("sm_90a"):
         got = run(new_probe())
         uncounted = run(None)
@@ -402,12 +408,13 @@ def test_the_kernels_of_experts_change_no_bit(monkeypatch):
         return quantize_expert_operands_mosaic.expert_maxima(*arguments, plgpu.InterpretGPUParams())
 
     monkeypatch.setitem(module._IMPLEMENTATIONS, "mosaic", (interpreted, maxima))
+    interpret_tiles(monkeypatch, calls)
     for name in ("multiply_groups", "sum_groups"):
         function = getattr(quantized_experts, name)
         monkeypatch.setattr(quantized_experts, name, functools.partial(function, impl="blocked"))
     with compiling_for("sm_90a"):
         got = run()
-    assert calls == ["maxima", [True, False], "maxima", [True, True], [False, True]]
+    assert calls == ["maxima", [True, False], "tiles", "maxima", [True, True], [False, True], "tiles"]
     for a, b in zip(got[:3], want[:3], strict=True):
         np.testing.assert_array_equal(a[:43] if len(a) == 45 else a, b[:43] if len(b) == 45 else b)
     np.testing.assert_allclose(got[3], want[3], rtol=1e-3)
