@@ -253,7 +253,10 @@ def encoding(amax: Any, shape: tuple[int, ...], interpret: Interpret) -> Encodin
     encode = jnp.where(encode > floats.FLOAT32_MAX, floats.FLOAT32_MAX, encode)  # NaN stays
     none = (amax == jnp.uint32(0)) | (amax == jnp.uint32(0x7F800000))
     encode = jnp.where(none, jnp.float32(1), encode)
-    return encode * (1 / 6), _divide(1.0, encode, interpret)
+    if interpret is None:
+        return encode * (1 / 6), _divide(1.0, encode, interpret)
+    encode = lax.optimization_barrier(encode)  # XLA:CPU would draw constants together, and round elsewhere
+    return lax.optimization_barrier((encode * (1 / 6), _divide(1.0, encode, interpret)))
 
 
 def scaled(

@@ -227,6 +227,8 @@ def _together(
     by_kernel = precision.format == "nvfp4" and z_MK.dtype == precision.operands
     if not by_kernel or operands_by(z_MK) == "reference":
         return None, None
+    count = len(z_MK)
+    z_MK = jnp.pad(z_MK, ((0, -count % 16), (0, 0)))  # to whole blocks of tokens, of which zeros change nothing
     with jax.named_scope("quantize"):
         amax_rows = amax_tokens = None
         if tokens:  # one pass over z for both
@@ -243,12 +245,12 @@ def _together(
             return None
         (values, scales), scale = rounded, nvfp4_scale(amax)
 
-        def count() -> Array:
+        def counts() -> Array:
             z = z_MK.reshape(len(z_MK), -1, 16) if axis == 2 else turned_at_once(z_MK, precision)
             limit = 6 * floats.e4m3_value(jnp.expand_dims(scales, axis))
             return counts_of(z, values.reshape(z.shape), scale, limit)
 
-        return Operand(values, scale, count)
+        return Operand(values[:count] if axis == 2 else values, scale, counts)
 
     return operand(made[0], amax_rows, 2), operand(made[1], amax_tokens, 1)
 
