@@ -27,6 +27,7 @@ from nemotron_jax.model.linear import Buffer, Embedding, RMSNorm, Scope, normal
 from nemotron_jax.model.mamba2 import Mamba2
 from nemotron_jax.model.mtp import MTP, shift_left
 from nemotron_jax.model.state import DecodeState, MixerState, require_no_draft
+from nemotron_jax.parallel.local import together
 from nemotron_jax.parallel.stack import Stack, find_stack
 from nemotron_jax.precision.recipe import RECIPES, Recipe
 
@@ -137,7 +138,11 @@ class Nemotron(nnx.Module):
 
     def weighted_nll(self, hidden_BTD: Array, targets_BT: Array, weights_BT: Array) -> Array:
         """-sum of weights * token_logprobs, a scalar with a cheaper gradient (see logprobs.py)."""
-        return logprobs.weighted_nll(hidden_BTD, self.lm_head.weight[...], targets_BT, weights_BT)
+        weight = self.lm_head.weight[...]
+        if self.mtp is not None:
+            # Each use makes a float32 gradient of the whole weight: it is cut before the layers below go backward.
+            hidden_BTD, weight = together(hidden_BTD, weight)
+        return logprobs.weighted_nll(hidden_BTD, weight, targets_BT, weights_BT)
 
     def init_state(
         self,
