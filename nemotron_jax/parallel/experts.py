@@ -10,8 +10,9 @@ together, the experts compute once more, and the gradients travel back.
 
 Where a token has as many experts as there are devices, or more, tokens go to all of them instead: experts_gathered.py.
 
-On GPUs a round is a ragged all-to-all, which sends the rows alone. XLA:CPU has none: there the blocks of a round are
-padded and travel by a dense all-to-all.
+The blocks of a round are padded to Q rows and travel by an all-to-all. XLA's ragged all-to-all would send the rows
+alone, but its own kernel took 129 ms for 0.5 GB between two H100s, and through NCCL it did not end (BENCHMARKS.md);
+XLA:CPU has none.
 
 Shapes: B batch, T time, L width, K experts of a token, E experts; M = B T K rows of a device, Q rows of a round from
 one device to another, Z devices.
@@ -194,7 +195,6 @@ class _Trip(NamedTuple):
     Attributes:
       run_Z, start_Z: rows for each device, and the first of them here.
       coming_ZE: rows from each device for each expert of this one.
-      start_there_Z: where the rows from each device begin there.
       quota: Q.
       rounds: the same number on all devices.
     """
@@ -202,7 +202,6 @@ class _Trip(NamedTuple):
     run_Z: Array
     start_Z: Array
     coming_ZE: Array
-    start_there_Z: Array
     quota: int
     rounds: Array
 
@@ -213,11 +212,11 @@ def _plan(counts: Array, rows: int) -> _Trip:
     going_ZE = counts.reshape(devices, -1)
     run_Z = going_ZE.sum(1)
     start_Z = jnp.cumsum(run_Z) - run_Z
-    told = lax.all_to_all(jnp.concatenate([going_ZE, start_Z[:, None]], axis=1), axes, 0, 0, tiled=True)
+    coming_ZE = lax.all_to_all(going_ZE, axes, 0, 0, tiled=True)
     quota = min(rows, -(-int(ROOM * rows) // (devices * 8)) * 8)
     # On all devices, not those of the axis alone: `apply` may send something to any of them (an amax).
     rounds = lax.pmax(-(-run_Z.max() // quota), mesh_axes("batch") + mesh_axes("time"))
-    return _Trip(run_Z, start_Z, told[:, :-1], told[:, -1], quota, rounds)
+    return _Trip(run_Z, start_Z, coming_ZE, quota, rounds)
 
 
 def _going(trip: _Trip, i: Array) -> Array:
@@ -234,54 +233,24 @@ def _coming(trip: _Trip, i: Array) -> Array:
 
 def _there(trip: _Trip, i: Array, rows: Array) -> Array:
     """Rows [M, L] -> what arrives in round i [Z Q, L]: from each device Q rows, zeros behind those that came."""
-    axes, devices, quota = mesh_axes("experts"), shards("experts"), trip.quota
+    axes, quota = mesh_axes("experts"), trip.quota
     going_Z, first_Z = _going(trip, i), trip.start_Z + i * quota
 
-    def ragged(rows: Array) -> Array:
-        return lax.ragged_all_to_all(
-            rows,
-            zeros_after(going_Z, (devices * quota, rows.shape[1]), rows.dtype),
-            jnp.where(going_Z > 0, first_Z, 0),
-            going_Z,
-            jnp.full(devices, lax.axis_index(axes) * quota, jnp.int32),
-            _coming(trip, i).sum(1),
-            axis_name=axes,
-        )
-
-    def dense(rows: Array) -> Array:
-        place = jnp.arange(quota)
-        blocks_ZQL = rows.at[first_Z[:, None] + place].get(mode="clip")
-        blocks_ZQL = jnp.where((place < going_Z[:, None])[..., None], blocks_ZQL, 0)
-        return lax.all_to_all(blocks_ZQL.reshape(-1, rows.shape[1]), axes, 0, 0, tiled=True)
-
-    return lax.platform_dependent(rows, cuda=ragged, default=dense)
+    place = jnp.arange(quota)
+    blocks_ZQL = rows.at[first_Z[:, None] + place].get(mode="clip")
+    blocks_ZQL = jnp.where((place < going_Z[:, None])[..., None], blocks_ZQL, 0)
+    return lax.all_to_all(blocks_ZQL.reshape(-1, rows.shape[1]), axes, 0, 0, tiled=True)
 
 
 def _back(trip: _Trip, i: Array, results: Array, out: Array) -> Array:
     """The way back of `_there`: out [M, L] with the rows of round i replaced."""
-    axes, devices, quota = mesh_axes("experts"), shards("experts"), trip.quota
-
-    def ragged(results: Array, out: Array) -> Array:
-        coming_Z = _coming(trip, i).sum(1)
-        return lax.ragged_all_to_all(
-            results,
-            out,
-            jnp.arange(devices, dtype=jnp.int32) * quota,
-            coming_Z,
-            jnp.where(coming_Z > 0, trip.start_there_Z + i * quota, 0),
-            _going(trip, i),
-            axis_name=axes,
-        )
-
-    def dense(results: Array, out: Array) -> Array:
-        returned = lax.all_to_all(results, axes, 0, 0, tiled=True)
-        row = jnp.arange(out.shape[0])
-        device = (row[:, None] >= jnp.cumsum(trip.run_Z)).sum(1)
-        place = row - trip.start_Z[device] - i * quota
-        here = (place >= 0) & (place < quota)
-        return jnp.where(here[:, None], returned.at[device * quota + place].get(mode="clip"), out)
-
-    return lax.platform_dependent(results, out, cuda=ragged, default=dense)
+    quota = trip.quota
+    returned = lax.all_to_all(results, mesh_axes("experts"), 0, 0, tiled=True)
+    row = jnp.arange(out.shape[0])
+    device = (row[:, None] >= jnp.cumsum(trip.run_Z)).sum(1)
+    place = row - trip.start_Z[device] - i * quota
+    here = (place >= 0) & (place < quota)
+    return jnp.where(here[:, None], returned.at[device * quota + place].get(mode="clip"), out)
 
 
 def _by_expert(trip: _Trip, i: Array, arrived: Array) -> tuple[Array, Array, Array]:

@@ -17,11 +17,6 @@ OPTIONS: dict[str, bool | int] = {
     "xla_gpu_experimental_collective_start_as_early_as_possible": True,
     # No gradient waits for that of another layer to travel with it.
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 1_000_000,
-    # Rows go to experts of the same process through NCCL. XLA's own kernel for it copies with a few blocks: on two
-    # H100s it took 129 ms for 0.5 GB, a hundredth of what NVLink carries (openxla/xla issue 33386).
-    "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel": False,
-    # Without it XLA refuses to take NCCL for this, across hosts too.
-    "xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback": True,
 }
 
 
