@@ -6,8 +6,8 @@
     non_finite/<weight>            NaN and infinities in its operands
 
 <weight> is a path in the mixer (``in_proj``, ``experts/up_proj``), over all layers of the run; <operand> one of
-``precision.quantized.OPERANDS``. All but the first only of quantised weights, and only in steps that are logged: in
-others most are not counted.
+``precision.quantized.OPERANDS``. All but the first only of quantised weights. Under a quantised recipe they are counted
+in the steps that are logged.
 """
 
 from __future__ import annotations

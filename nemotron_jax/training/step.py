@@ -33,8 +33,8 @@ Metrics = dict[str, Array]
 class TrainSteps:
     """The updates of the steps that are logged, and of all others, which leave statistics out.
 
-    Under a quantised recipe these are two programs, whose results may differ in the last bits: counting in every step
-    would make it a quarter slower, and a condition within one program as well, since a GPU waits for each.
+    Under a quantised recipe these are two programs, whose results may differ in the last bits: counting takes passes
+    over all operands, and for a condition within one program a GPU waits, at each matmul.
     """
 
     def __init__(self, setup: TrainSetup) -> None:
