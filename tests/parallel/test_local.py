@@ -1,14 +1,20 @@
 """Functions of a device's part of its operands."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
+from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.parallel.local import after, gathered, index, per_device, scattered, together
 from nemotron_jax.parallel.mesh import constrain, mesh_axes
+from nemotron_jax.precision.recipe import RECIPES
 from tests.parallel.conftest import collectives
+from tests.tiny import TINY
 
 
 def shapes_seen(mesh, axes, *shapes, **kwargs):
@@ -99,6 +105,39 @@ def test_experts_are_cut_whole_or_else_along_their_width(eight, experts, part):
         wholes, gradient = jax.jit(per_device(of_device, [axes], ((None, "experts", None, None), cut)))(weight)
     np.testing.assert_array_equal(wholes[0], weight)
     np.testing.assert_array_equal(gradient, np.full(shape, 4))
+
+
+def test_gradients_of_two_uses_are_cut_one_by_one(eight):
+    """Each behind a barrier, which keeps XLA from adding them up whole."""
+    axes, shape = ("embed", None), (16, 4)
+
+    def of_device(w, x):
+        return sum((gathered(w, axes, shape, jnp.float32) @ y).sum() for y in (x, x + 1)).reshape(1)
+
+    def loss(w, x):
+        return per_device(of_device, [axes, (None,)], ("batch",))(w, x).sum()
+
+    with jax.set_mesh(eight(fsdp=8)):
+        text = jax.jit(jax.grad(loss)).lower(jnp.ones(shape), jnp.arange(4.0)).as_text()
+    assert text.count("reduce_scatter") == text.count("optimization_barrier") == 2
+
+
+def test_uses_of_the_head_give_back_its_gradient_before_they_go_backward(eight):
+    """Where there are several, those of MTP: tied to the gradient of the hidden states."""
+
+    def barriers(config):
+        graphdef, state = nnx.split(Nemotron(config, RECIPES["float32"], jax.random.key(0)))
+        targets, weights = jnp.zeros((8, 16), jnp.int32), jnp.ones((8, 16))
+
+        def loss(state, hidden):
+            return nnx.merge(graphdef, state).weighted_nll(hidden, targets, weights)
+
+        hidden = jnp.ones((8, 16, config.hidden_size))
+        with jax.set_mesh(eight(data=8)):
+            return jax.jit(jax.grad(loss, 1)).lower(state, hidden).as_text().count("optimization_barrier")
+
+    assert TINY.mtp is not None
+    assert barriers(TINY) == barriers(dataclasses.replace(TINY, mtp=None)) + 1
 
 
 def test_gradients_that_are_there_together(eight):
