@@ -1,31 +1,33 @@
-"""Causal attention through cuDNN (Hopper), packed documents included.
+"""Causal attention for Hopper, packed documents included: forward through cuDNN, gradients by our own kernels.
 
 Packed documents are given to cuDNN as offsets and lengths, never as a mask: it then skips what lies between
-documents, and computes no gradient of a mask. The public `jax.nn.dot_product_attention` has no such argument, so the
-primitives beneath it are bound here (jax 0.11.2, jax/_src/cudnn/fused_attention_stablehlo.py).
+documents. The public `jax.nn.dot_product_attention` has no such argument, so the primitive beneath it is bound here
+(jax 0.11.2, jax/_src/cudnn/fused_attention_stablehlo.py).
 
 The number of documents of a call is static, that of the data is not. A call takes so many documents of each row; when
-a row holds more, further calls take the rest, in a loop that otherwise runs zero times. So any number is exact.
-
-More documents a call cost memory and time, even where the rows have fewer. The workspace of cuDNN's backward pass is 8
-bytes for each element of q and each document ([2, 8192, 32, 128]: 129 GiB for 256 documents a row); on an H200, rows of
-16 documents took 1.7 ms with 16 a call and 3.8 ms with 64. So the backward pass takes fewer than the forward pass.
+a row holds more, further calls take the rest, in a loop that otherwise runs zero times. So any number is exact. More
+documents a call cost time, even where the rows have fewer.
 
 cuDNN returns the log-sum-exp of each query as [documents, heads, T]: kept for the backward pass, that would be as
-many times what it has to be. It is kept as [B, H, T] and spread out again.
+many times what it has to be. It is kept as [B, H, T].
+
+cuDNN's own backward pass adds dq up in any order (its other way, XLA's choice under a flag for the whole program, has
+a workspace of all documents times all of q), so the backward pass is attention_backward_mosaic.py.
 
 Shapes: B batch, T time, H query heads, V key/value heads, D head dim, M documents of a row in one call.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-FORWARD_DOCUMENTS = 32
-BACKWARD_BYTES = 2**32  # of workspace; exceeded where it holds no two documents a row, the fewest of a packed call
+from pallas_kernels import attention_backward_mosaic
+
+DOCUMENTS = 32  # of a row in one call
 
 _NO_BIAS = (False, False)  # neither a bias nor its gradient
 
@@ -50,8 +52,8 @@ def unfit(
     batch, time, heads, head_dim = q_BTHD.shape
     if time != k_BSVD.shape[1]:
         return f"there must be as many keys as queries, got {k_BSVD.shape[1]} and {time}"
-    if head_dim > 256 or head_dim % 8:
-        return f"head_dim must be a multiple of 8 and at most 256, got {head_dim}"
+    if head_dim > attention_backward_mosaic.MOST_HEAD_DIM or head_dim % 8:
+        return f"head_dim must be a multiple of 8 and at most {attention_backward_mosaic.MOST_HEAD_DIM}, got {head_dim}"
     if packed and batch * time * heads * head_dim >= 2**31:
         return "packed q must have less than 2^31 elements (cuDNN counts offsets in int32)"
     return ""
@@ -64,70 +66,82 @@ def attention(
     run: jax.Array | None,
     *,
     scale: float,
-    documents: tuple[int, int] | None = None,
+    documents: int = DOCUMENTS,
 ) -> jax.Array:
     """Causal attention within documents: run [B, T] from `run_ids`, or None where each row is one.
 
-    documents: how many of a row one call takes, forward and backward, at least 2; None to choose.
+    documents: how many of a row one call of cuDNN takes, at least 2.
     """
     if run is None or q_BTHD.shape[1] == 1:
         return _whole_rows(scale, q_BTHD, k_BTVD, v_BTVD)
-    return _packed(scale, documents_of_a_call(q_BTHD, documents), q_BTHD, k_BTVD, v_BTVD, run)
+    return _packed(scale, min(documents, q_BTHD.shape[1]), q_BTHD, k_BTVD, v_BTVD, run)
 
 
-def documents_of_a_call(q_BTHD: jax.Array, documents: tuple[int, int] | None = None) -> tuple[int, int]:
-    """How many documents of a row one call takes, forward and backward; `documents` if given."""
-    forward, backward = documents or (FORWARD_DOCUMENTS, max(2, BACKWARD_BYTES // (8 * q_BTHD.size)))
-    return min(forward, q_BTHD.shape[1]), min(backward, q_BTHD.shape[1])
+def forward(
+    scale: float,
+    q_BTHD: jax.Array,
+    k_BSVD: jax.Array,
+    v_BSVD: jax.Array,
+    layout: tuple[jax.Array, ...] | None = None,
+    causal: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+    """Out [B, T, H, D] and log-sum-exp [B * documents, H, T] float32.
 
-
-def _bind(primitive, q_BTHD, operands, layout, scale, causal=True, **params):
-    """operands: what follows the bias; layout: (query lengths, key lengths, query offsets, key offsets) or None.
-
-    causal: only where there is a layout may it be False.
+    layout: (query lengths, key lengths, query offsets, key offsets) or None; only where there is one may causal be
+    False.
     """
+    out, lse = _call(scale, q_BTHD, k_BSVD, v_BSVD, layout, causal, for_gradients=True)
+    return out, lse
+
+
+def _call(scale, q_BTHD, k_BSVD, v_BSVD, layout, causal, for_gradients):
     nothing = jnp.zeros(0, q_BTHD.dtype)
     of_documents = cudnn.MaskType.PADDING_CAUSAL if causal else cudnn.MaskType.PADDING
-    mask = cudnn.MaskType.CAUSAL if layout is None else of_documents
-    q, k, v, *after = operands
-    return primitive.bind(
-        *(q, k, v, nothing),
+    return cudnn._dot_product_attention_fwd_p_wrapper.bind(
+        *(q_BTHD, k_BSVD, v_BSVD, nothing),
         *((nothing,) * 4 if layout is None else layout),
         *(nothing, nothing),  # page tables
-        *after,
         scale=scale,
         seed=0,
         dropout_rate=0.0,
-        variadic_args=_NO_BIAS,
-        mask_type=mask,
+        variadic_args=(False, False),  # neither a bias nor its gradient
+        mask_type=cudnn.MaskType.CAUSAL if layout is None else of_documents,
         layout=cudnn.AttentionLayout.BTNH.value,
         sliding_window_length=None,
-        **params,
+        is_training=for_gradients,
     )
 
 
-def _forward(scale, q, k, v, layout=None, causal=True):
-    """-> out [B, T, H, D], log-sum-exp [B * documents, H, T] float32."""
-    return _bind(cudnn._dot_product_attention_fwd_p_wrapper, q, (q, k, v), layout, scale, causal, is_training=True)
+def keys_of_a_document(run: jax.Array | None, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """First of the keys that each query sees, and the last one plus 1, int32 of shape [B, T]; run as in `attention`."""
+    token = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    if run is None:
+        return jnp.zeros_like(token), token + 1
+    begins = run[:, 1:] != run[:, :-1]
+    return lax.cummax(jnp.where(jnp.pad(begins, ((0, 0), (1, 0))), token, 0), axis=1), token + 1
 
 
-def _backward(scale, q, k, v, lse, out, dout, layout=None, causal=True):
-    return _bind(cudnn._dot_product_attention_bwd_p_wrapper, q, (q, k, v, lse, out, dout), layout, scale, causal)
+def gradients(
+    scale: float, residuals: Sequence[jax.Array], dout_BTHD: jax.Array, run: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Residuals q, k, v, out, lse [B, H, T] -> dq, dk, dv."""
+    q_BTHD, k_BTVD, v_BTVD, out_BTHD, lse_BHT = residuals
+    seen = keys_of_a_document(run, q_BTHD.shape[:2])
+    return attention_backward_mosaic.gradients(q_BTHD, k_BTVD, v_BTVD, out_BTHD, dout_BTHD, lse_BHT, *seen, scale=scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _whole_rows(scale, q, k, v):
-    return _bind(cudnn._dot_product_attention_fwd_p_wrapper, q, (q, k, v), None, scale, is_training=False)[0]
+    return _call(scale, q, k, v, None, True, for_gradients=False)[0]
 
 
 def _whole_rows_forward(scale, q, k, v):
-    out, lse = _forward(scale, q, k, v)
-    return out, (q, k, v, lse, out)
+    out, lse = forward(scale, q, k, v)
+    return out, (q, k, v, out, lse)
 
 
 def _whole_rows_backward(scale, residuals, dout):
-    q, k, v, lse, out = residuals
-    return tuple(_backward(scale, q, k, v, lse, out, dout))
+    return gradients(scale, residuals, dout, None)
 
 
 _whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)
@@ -171,17 +185,9 @@ def _by_token(lse_XHT, run, first, starts):
     return lse_BTH.swapaxes(1, 2), here
 
 
-def _by_document(lse_BHT, starts):
-    """The inverse, with anything after the end of a document."""
-    batch, heads, time = lse_BHT.shape
-    token_BMT = jnp.minimum(starts[..., None] + jnp.arange(time), time - 1)
-    lse_BMHT = lse_BHT[jnp.arange(batch)[:, None, None, None], jnp.arange(heads)[:, None], token_BMT[:, :, None, :]]
-    return lse_BMHT.reshape(-1, heads, time)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _packed(scale, counts, q, k, v, run):
-    return _packed_forward(scale, counts, q, k, v, run)[0]
+def _packed(scale, count, q, k, v, run):
+    return packed_forward(scale, count, q, k, v, run)[0]
 
 
 def _over_documents(run, count, some):
@@ -201,29 +207,29 @@ def _over_documents(run, count, some):
     return lax.while_loop(lambda state: state[0] < most, more, (jnp.int32(count), first_values))[1]
 
 
-def _packed_forward(scale, counts, q, k, v, run):
-    count = counts[0]
+def packed_forward(
+    scale: float, count: int, q_BTHD: jax.Array, k_BTVD: jax.Array, v_BTVD: jax.Array, run: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Out [B, T, H, D] and log-sum-exp [B, H, T], `count` documents of a row in one call."""
 
     def some(first):
         starts, lengths = documents_from(run, first, count)
-        out, lse = _forward(scale, q, k, v, _layout(starts, lengths))
+        out, lse = forward(scale, q_BTHD, k_BTVD, v_BTVD, _layout(starts, lengths))
         lse, here = _by_token(lse, run, first, starts)
         return [(out, (0, 1)), (lse, (0, 2))], here
 
     out, lse = _over_documents(run, count, some)
-    return out, (q, k, v, lse, out, run)
+    return out, lse
 
 
-def _packed_backward(scale, counts, residuals, dout):
-    count = counts[1]
-    q, k, v, lse, out, run = residuals
+def _packed_forward(scale, count, q, k, v, run):
+    out, lse = packed_forward(scale, count, q, k, v, run)
+    return out, (q, k, v, out, lse, run)
 
-    def some(first):
-        starts, lengths = documents_from(run, first, count)
-        grads = _backward(scale, q, k, v, _by_document(lse, starts), out, dout, _layout(starts, lengths))
-        return [(grad, (0, 1)) for grad in grads], (run >= first) & (run < first + count)
 
-    return *_over_documents(run, count, some), None
+def _packed_backward(scale, count, residuals, dout):
+    *residuals, run = residuals
+    return *gradients(scale, residuals, dout, run), None
 
 
 _packed.defvjp(_packed_forward, _packed_backward)

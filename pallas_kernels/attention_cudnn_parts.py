@@ -1,4 +1,4 @@
-"""Attention of a part of a row through cuDNN: to its own keys, and to those of earlier parts.
+"""Attention of a part of a row (cuDNN, our gradients): to its own keys, and to those of earlier parts.
 
 A part's queries see its own keys causally, and those of its first document also see that document's earlier keys, all
 of them. Two calls, put together by their log-sum-exps:
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import attention_backward_mosaic
 from pallas_kernels import attention_cudnn as cudnn
 
 
@@ -37,12 +38,11 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """own: keys and values [B, T, V, D]; earlier: [B, S, V, D]; run [B, T] of the part -> out, lse [B, H, T]."""
     if run is None:
-        out_BTHD, lse_BHT = cudnn._forward(scale, q_BTHD, *own)
+        out_BTHD, lse_BHT = cudnn.forward(scale, q_BTHD, *own)
     else:
-        out_BTHD, (*_, lse_BHT, _, _) = cudnn._packed_forward(
-            scale, cudnn.documents_of_a_call(q_BTHD), q_BTHD, *own, run
-        )
-    more_BTHD, more_lse = cudnn._forward(scale, q_BTHD, *earlier, _layout(reach), causal=False)
+        count = min(cudnn.DOCUMENTS, q_BTHD.shape[1])
+        out_BTHD, lse_BHT = cudnn.packed_forward(scale, count, q_BTHD, *own, run)
+    more_BTHD, more_lse = cudnn.forward(scale, q_BTHD, *earlier, _layout(reach), causal=False)
     reached_BT = _reached(q_BTHD, reach)
     more_lse = jnp.where(reached_BT[:, None], more_lse, -jnp.inf)
     both_BHT = jnp.logaddexp(lse_BHT, more_lse)
@@ -67,18 +67,12 @@ def backward(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """results: what `forward` returned -> dq, gradients of own, gradients of earlier (zeros where nothing is seen)."""
     out_BTHD, lse_BHT = results
-    if run is None:
-        dq, *d_own = cudnn._backward(scale, q_BTHD, *own, lse_BHT, out_BTHD, dout_BTHD)
-    else:
-        saved = (q_BTHD, *own, lse_BHT, out_BTHD, run)
-        dq, *d_own = cudnn._packed_backward(scale, cudnn.documents_of_a_call(q_BTHD), saved, dout_BTHD)[:3]
-    more_dq, *d_earlier = cudnn._backward(
-        scale, q_BTHD, *earlier, lse_BHT, out_BTHD, dout_BTHD, _layout(reach), causal=False
+    dq, *d_own = cudnn.gradients(scale, (q_BTHD, *own, out_BTHD, lse_BHT), dout_BTHD, run)
+    reached_BT = _reached(q_BTHD, reach)
+    first_BT, last_BT = (jnp.where(reached_BT, z[:, None], 0) for z in (reach.start, reach.start + reach.keys))
+    more_dq, *d_earlier = attention_backward_mosaic.gradients(
+        q_BTHD, *earlier, out_BTHD, dout_BTHD, lse_BHT, first_BT, last_BT, scale=scale
     )
-    more_dq = jnp.where(_reached(q_BTHD, reach)[..., None, None], more_dq, 0)
-    position = jnp.arange(earlier[0].shape[1])
-    seen_BS = (position >= reach.start[:, None]) & (position < (reach.start + reach.keys)[:, None])
-    d_earlier = [jnp.where(seen_BS[..., None, None], d, 0) for d in d_earlier]
     return dq + more_dq, (d_own[0], d_own[1]), (d_earlier[0], d_earlier[1])
 
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import attention, attention_cudnn
+from pallas_kernels import attention, attention_backward_mosaic, attention_cudnn
 from pallas_kernels.attention import attention_reference
 from pallas_kernels.dispatch import compiling_for
 from pallas_kernels.segments import run_ids
+from tests.pallas_kernels import attention_gradients
 
 
 def documents(lengths, offsets, time):
@@ -37,46 +38,21 @@ def forward(q, k, v, lengths, kv_lengths, offsets, kv_offsets, scale):
     return out.reshape(batch, time, heads, -1), lse
 
 
-def backward(q, k, v, lse, out, dout, lengths, kv_lengths, offsets, kv_offsets, scale):
-    shapes = [z.shape for z in (q, k, v)]
-    time, group = q.shape[1], q.shape[2] // k.shape[2]
-    q, k, v, out, dout = (z.reshape(-1, *z.shape[2:]) for z in (q, k, v, out, dout))
-    dq, dk, dv = (np.full(z.shape, np.nan, np.float32) for z in (q, k, v))
-    for i, (start, length) in enumerate(documents(lengths, offsets, time)):
-        rows = slice(start, start + length)
-        dk[rows] = dv[rows] = 0
-        for h in range(q.shape[1] if length else 0):
-            p = np.exp(scale * q[rows, h] @ k[rows, h // group].T - lse[i, h, :length, None])
-            p = np.where(np.tri(length, dtype=bool), p, 0)
-            dp = dout[rows, h] @ v[rows, h // group].T - (dout[rows, h] * out[rows, h]).sum(1, keepdims=True)
-            dq[rows, h] = scale * (p * dp) @ k[rows, h // group]
-            dk[rows, h // group] += scale * (p * dp).T @ q[rows, h]
-            dv[rows, h // group] += p.T @ dout[rows, h]
-    return tuple(z.reshape(shape) for z, shape in zip((dq, dk, dv), shapes, strict=True))
-
-
 @pytest.fixture
 def played(monkeypatch):
-    """How often cuDNN was called, forward and backward."""
-    calls = {"forward": 0, "backward": 0}
+    """How often cuDNN was called."""
+    calls = [0]
 
-    def call(name, function, results, scale, *operands):
+    def play(scale, q, k, v, layout):
         def counted(*args):
-            calls[name] += 1
-            return function(*map(np.asarray, args), scale=scale)
+            calls[0] += 1
+            return forward(*map(np.asarray, args), scale=scale)
 
-        return jax.pure_callback(counted, results, *operands)
-
-    def play_forward(scale, q, k, v, layout):
         lse = jax.ShapeDtypeStruct((layout[0].size, q.shape[2], q.shape[1]), jnp.float32)
-        return call("forward", forward, (jax.ShapeDtypeStruct(q.shape, q.dtype), lse), scale, q, k, v, *layout)
+        return jax.pure_callback(counted, (jax.ShapeDtypeStruct(q.shape, q.dtype), lse), q, k, v, *layout)
 
-    def play_backward(scale, q, k, v, lse, out, dout, layout):
-        results = tuple(jax.ShapeDtypeStruct(z.shape, z.dtype) for z in (q, k, v))
-        return call("backward", backward, results, scale, q, k, v, lse, out, dout, *layout)
-
-    monkeypatch.setattr(attention_cudnn, "_forward", play_forward)
-    monkeypatch.setattr(attention_cudnn, "_backward", play_backward)
+    monkeypatch.setattr(attention_cudnn, "forward", play)
+    monkeypatch.setattr(attention_backward_mosaic, "gradients", attention_gradients.gradients)
     return calls
 
 
@@ -88,8 +64,8 @@ IDS = {
 
 
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-@pytest.mark.parametrize("counts", [(3, 2), (64, 3), (2, 64)])
-def test_values_and_gradients(played, ids, counts):
+@pytest.mark.parametrize("count", [2, 3, 64])
+def test_values_and_gradients(played, ids, count):
     random = np.random.default_rng(0)
     q, k, v, dout = (jnp.asarray(random.standard_normal((2, 10, h, 4)), jnp.float32) for h in (4, 2, 2, 4))
     run = run_ids(jnp.asarray(ids))
@@ -98,21 +74,11 @@ def test_values_and_gradients(played, ids, counts):
         out, pull = jax.vjp(function, q, k, v)
         return out, *pull(dout)
 
-    got = jax.jit(lambda: vjp(lambda *z: attention_cudnn.attention(*z, run, scale=0.3, documents=counts)))()
+    got = jax.jit(lambda: vjp(lambda *z: attention_cudnn.attention(*z, run, scale=0.3, documents=count)))()
     want = vjp(lambda *z: attention_reference(*z, run, run, causal=True, scale=0.3))
     for z, expected in zip(got, want, strict=True):
         np.testing.assert_allclose(z, expected, atol=1e-5)
-    forward, backward = (-(-(int(run.max()) + 1) // min(count, 10)) for count in counts)
-    assert played == {"forward": forward, "backward": backward}  # one call where the documents fit
-
-
-def test_the_backward_pass_takes_as_many_documents_as_its_memory_holds(monkeypatch):
-    taken = []
-    monkeypatch.setattr(attention_cudnn, "_packed", lambda scale, counts, q, k, v, run: taken.append(counts))
-    for batch, time in ((2, 8192), (1, 2048), (8, 32768), (1, 7)):
-        q = jax.ShapeDtypeStruct((batch, time, 32, 128), jnp.bfloat16)
-        attention_cudnn.attention(q, q, q, jnp.zeros((batch, time), jnp.int32), scale=1.0)
-    assert taken == [(32, 8), (32, 64), (32, 2), (7, 7)]
+    assert played == [-(-(int(run.max()) + 1) // min(count, 10))]  # one call where the documents fit
 
 
 def operands(dtype=jnp.bfloat16, time=16, keys=16, head_dim=128):
@@ -125,8 +91,8 @@ def test_operands_that_do_not_fit():
     assert "must all be bfloat16 or all float16, got float32" in unfit(*operands(jnp.float32))
     assert "got bfloat16, float16" in unfit(*operands()[:2], operands(jnp.float16)[2])
     assert "as many keys as queries, got 17 and 16" in unfit(*operands(keys=17))
-    assert "a multiple of 8 and at most 256, got 260" in unfit(*operands(head_dim=260))
-    assert "a multiple of 8 and at most 256, got 20" in unfit(*operands(head_dim=20))
+    assert "a multiple of 8 and at most 128, got 136" in unfit(*operands(head_dim=136))
+    assert "a multiple of 8 and at most 128, got 20" in unfit(*operands(head_dim=20))
     assert unfit(*operands(), causal=False) == "attention must be causal"
     assert unfit(*operands(), own_key_segments=True) == "kv_segment_ids must be None"
     long = [jax.ShapeDtypeStruct((1, 2**19, h, 128), jnp.bfloat16) for h in (32, 2, 2)]
@@ -143,7 +109,8 @@ def test_hopper_gets_cudnn_and_never_a_mask(packed):
             return jax.grad(lambda *z: attention(*z, segment_ids=ids).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
 
     jaxpr = str(jax.make_jaxpr(grads)(*operands()))
-    assert "dot_product_attention_fwd" in jaxpr and "dot_product_attention_bwd" in jaxpr
+    assert "dot_product_attention_fwd" in jaxpr and "dot_product_attention_bwd" not in jaxpr
+    assert jaxpr.count("mpmd_map[") == 2  # the kernels of the gradients
     assert "variadic_args=(False, False)" in jaxpr and "variadic_args=(True" not in jaxpr
     with compiling_for("sm_90a"):
         assert "dot_product" not in str(jax.make_jaxpr(partial(attention, causal=False))(*operands()))

@@ -7,7 +7,8 @@ import pytest
 
 from nemotron_jax.parallel import context
 from nemotron_jax.parallel.local import per_device
-from pallas_kernels import attention, attention_cudnn, causal_conv1d, ssd
+from pallas_kernels import attention, attention_backward_mosaic, attention_cudnn, causal_conv1d, ssd
+from tests.pallas_kernels import attention_gradients
 
 T = 32  # four tokens a device
 # A document over several devices, one that begins at a device's border, single tokens, an id that comes back, and one
@@ -100,74 +101,33 @@ def test_attention(ids, eight):
 def play_cudnn(monkeypatch):
     """cuDNN in jnp, of one document a row or whole rows, as strictly as it behaves: what it skips is NaN."""
 
-    def logits(scale, q, k, layout, causal):
-        group, (time, keys) = q.shape[2] // k.shape[2], (q.shape[1], k.shape[1])
-        z = scale * jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, group, axis=2))
-        rows, columns = jnp.arange(time)[:, None], jnp.arange(keys)
-        if layout is None:
-            return (
-                jnp.where(rows >= columns, z, -jnp.inf),
-                jnp.ones((len(q), time), bool),
-                jnp.ones((len(q), keys), bool),
-            )
-        q_length, k_length, q_start, k_start = (a[:, :1, None] for a in layout)
-        assert not causal and layout[0].shape[1] == 1
-        here = (columns >= k_start) & (columns < k_start + k_length) & (rows >= q_start) & (rows < q_start + q_length)
-        return jnp.where(here[:, None], z, -jnp.inf), here.any(2), here.any(1)
-
-    def forward(scale, q, k, v, layout=None, causal=True):
-        z, queries, _ = logits(scale, q, k, layout, causal)
-        lse = jnp.where(queries[:, None], jax.nn.logsumexp(z, axis=3), jnp.nan)
+    def softmax(q, k, v, z):
+        lse = jax.nn.logsumexp(z, axis=3)
         p = jnp.exp(z - lse[..., None])
         return jnp.einsum("bhts,bshd->bthd", p, jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)), lse
 
-    def backward(scale, q, k, v, lse, out, dout, layout=None, causal=True):
-        z, queries, keys = logits(scale, q, k, layout, causal)
-        group = q.shape[2] // k.shape[2]
-        p = jnp.exp(z - lse[..., None])
-        dp = jnp.einsum("bthd,bshd->bhts", dout, jnp.repeat(v, group, axis=2))
-        ds = scale * p * (dp - (dout * out).sum(3).swapaxes(1, 2)[..., None])
-        dq = jnp.einsum("bhts,bshd->bthd", ds, jnp.repeat(k, group, axis=2))
-        dk, dv = jnp.einsum("bhts,bthd->bshd", ds, q), jnp.einsum("bhts,bthd->bshd", p, dout)
-        dk, dv = (d.reshape(*k.shape[:3], group, -1).sum(3) for d in (dk, dv))
-        return (
-            jnp.where(queries[..., None, None], dq, jnp.nan),
-            *(jnp.where(keys[..., None, None], d, jnp.nan) for d in (dk, dv)),
-        )
+    def logits(scale, q, k):
+        return scale * jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, q.shape[2] // k.shape[2], axis=2))
 
-    monkeypatch.setattr(attention_cudnn, "_forward", forward)
-    monkeypatch.setattr(attention_cudnn, "_backward", backward)
+    def forward(scale, q, k, v, layout=None, causal=True):
+        rows, columns = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])
+        if layout is None:
+            return softmax(q, k, v, jnp.where(rows >= columns, logits(scale, q, k), -jnp.inf))
+        assert not causal and layout[0].shape[1] == 1
+        q_length, k_length, q_start, k_start = (a[:, :1, None] for a in layout)
+        here = (columns >= k_start) & (columns < k_start + k_length) & (rows >= q_start) & (rows < q_start + q_length)
+        out, lse = softmax(q, k, v, jnp.where(here[:, None], logits(scale, q, k), -jnp.inf))
+        return out, jnp.where(here.any(2)[:, None], lse, jnp.nan)
+
+    def packed_forward(scale, count, q, k, v, run):
+        visible = jnp.tri(q.shape[1], dtype=bool) & (run[:, :, None] == run[:, None, :])
+        return softmax(q, k, v, jnp.where(visible[:, None], logits(scale, q, k), -jnp.inf))
+
+    monkeypatch.setattr(attention_cudnn, "forward", forward)
     # A part's own documents: cuDNN's calls for them are tested in tests/pallas_kernels/test_attention_cudnn.py.
-    monkeypatch.setattr(attention_cudnn, "_packed_forward", packed_forward)
-    monkeypatch.setattr(attention_cudnn, "_packed_backward", packed_backward)
+    monkeypatch.setattr(attention_cudnn, "packed_forward", packed_forward)
+    monkeypatch.setattr(attention_backward_mosaic, "gradients", attention_gradients.gradients)
     monkeypatch.setattr(context, "choose", lambda *_, **__: "cudnn")
-
-
-def own_logits(scale, q, k, run):
-    z = scale * jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, q.shape[2] // k.shape[2], axis=2))
-    visible = jnp.tri(q.shape[1], dtype=bool) & (run[:, :, None] == run[:, None, :])
-    return jnp.where(visible[:, None], z, -jnp.inf)
-
-
-def packed_forward(scale, count, q, k, v, run):
-    z = own_logits(scale, q, k, run)
-    lse = jax.nn.logsumexp(z, axis=3)
-    out = jnp.einsum("bhts,bshd->bthd", jnp.exp(z - lse[..., None]), jnp.repeat(v, q.shape[2] // v.shape[2], axis=2))
-    return out, (q, k, v, lse, out, run)
-
-
-def packed_backward(scale, count, saved, dout):
-    """Derivatives at fixed lse and sum(dout * out), as cuDNN takes them."""
-    q, k, v, lse, out, run = saved
-    p = jnp.exp(own_logits(scale, q, k, run) - lse[..., None])
-    weight = (dout * out).sum(3).swapaxes(1, 2)[..., None]
-
-    def product(q, k, v):
-        values = jnp.einsum("bthd,bshd->bhts", dout, jnp.repeat(v, q.shape[2] // v.shape[2], axis=2))
-        z = scale * jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, q.shape[2] // k.shape[2], axis=2))
-        return (p * values + z * jax.lax.stop_gradient(p * (values - weight))).sum()
-
-    return *jax.grad(product, argnums=(0, 1, 2))(q, k, v), None
 
 
 @pytest.mark.parametrize("ids", IDS, ids=["one_document", "packed"])
