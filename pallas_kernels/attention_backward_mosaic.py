@@ -79,8 +79,8 @@ def gradients(
         return jnp.pad(z, ((0, 0), (0, -z.shape[1] % 8), (0, 0), (0, wider)))
 
     operands = [*(padded(z) for z in (q_BTHD, dout_BTHD, k_BSVD, v_BSVD)), lse, delta, first, last]
-    dq = _dq(*operands, scale, interpret)
-    dk, dv = _dkv(*operands, scale, interpret)
+    dq = _dq(*operands, scale=scale, interpret=interpret)
+    dk, dv = _dkv(*operands, scale=scale, interpret=interpret)
     return dq[:, : q_BTHD.shape[1], :, :head_dim], dk[:, :keys, :, :head_dim], dv[:, :keys, :, :head_dim]
 
 
@@ -157,7 +157,7 @@ def _operand(value, staged, *at):
     return staged.at[at]
 
 
-def _dq(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_BT, scale, interpret):
+def _dq(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_BT, *, scale, interpret):
     batch, _, heads, head_dim = q_BTHD.shape
     shared = heads // k_BSVD.shape[2]
     walk_BX2 = _walk_over_keys(first_BT, last_BT)
@@ -261,7 +261,7 @@ def _parts(blocks, shared):
     return next(n for n in range(1, shared + 1) if shared % n == 0 and (blocks * n >= BLOCKS or n == shared))
 
 
-def _dkv(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_BT, scale, interpret):
+def _dkv(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_BT, *, scale, interpret):
     batch, _, heads, head_dim = q_BTHD.shape
     keys, kv_heads = k_BSVD.shape[1:3]
     blocks = pl.cdiv(keys, BLOCK)

@@ -16,7 +16,7 @@ DRAWS = 10
 TOLERANCE = 1e-2  # relative Frobenius error
 # out1: the final state. d_A is a sum of what d_dt is made of: 1.4e-2 for five tokens, 2.8e-3 at Nano's size.
 WIDER = {"ssd": {"out1": 2e-2, "d_dt": 2e-2, "d_initial_state": 2e-2, "d_A": 2e-2}}
-# XLA's scatter-add on GPUs, by atomics; and gradients of cuDNN's attention, of long rows (docs/scaling.md).
+# XLA's scatter-add on GPUs, by atomics.
 UNORDERED = {("take_rows", "reference")}
 # Shapes of the released models, beside all the small ones: those whose float32 truth takes seconds at most.
 BENCHMARKS = {
