@@ -1,17 +1,17 @@
 """Gradients of attention for Hopper (Pallas Mosaic GPU), the same bit for bit in every run.
 
 cuDNN adds up dq with atomics, in any order, and its workspace for packed documents grows with their number. Here each
-gradient is the sum of one block in a fixed order, from the log-sum-exp that cuDNN's forward pass returned:
+gradient is summed in a fixed order, and from the log-sum-exp that cuDNN's forward pass returned:
 
     p_ij = exp(scale q_i . k_j - lse_i)      ds_ij = p_ij (dout_i . v_j - delta_i),  delta_i = dout_i . out_i
     dq_i = scale sum_j ds_ij k_j             dk_j = scale sum_i ds_ij q_i            dv_j = sum_i p_ij dout_i
 
-Query i sees the keys first_i .. last_i - 1: from the start of its document to itself. Both kernels walk over no more
-than the blocks in which something is seen, and mask only those in which not everything is.
+Query i sees the keys first_i .. last_i - 1: from the start of its document to itself. Both kernels walk over the
+blocks in which something is seen alone, and mask in each.
 
-`queries`: a block is 128 queries of a head (two warpgroups, 64 rows each) and walks over blocks of 64 keys. `keys`: a
-block is 128 keys of a key/value head and walks over blocks of 64 queries, of some of the heads that share it; the sums
-of these are added afterwards. A third warpgroup loads (TMA), STAGES blocks ahead.
+`_dq`: a block is 128 queries of a head (two warpgroups, 64 rows each) and walks over blocks of 64 keys. `_dkv`: a block
+is 128 keys of a key/value head and walks over blocks of 64 queries, of some of the heads that share it; their sums are
+added afterwards. A third warpgroup loads (TMA), STAGES blocks ahead.
 
 Shapes: B batch, T queries, S keys, H query heads, V key/value heads, D head dim, N parts of the heads of a key/value
 head, X blocks.
@@ -42,7 +42,7 @@ BLOCK, HALF = 128, 64  # rows of a block, and of one of its warpgroups; the othe
 STAGES = 3
 SQUARE = (HALF, HALF)
 MOST_HEAD_DIM = 128  # the sums of more do not fit in registers
-BLOCKS = 4 * 132  # of `keys`: enough to even out their lengths on as many multiprocessors
+BLOCKS = 4 * 132  # of `_dkv`: enough to even out their lengths on as many multiprocessors
 
 
 def gradients(
