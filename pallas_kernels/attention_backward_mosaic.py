@@ -72,35 +72,36 @@ def gradients(
     delta_BHT = jnp.swapaxes((out_BTHD.astype(jnp.float32) * dout_BTHD.astype(jnp.float32)).sum(-1), 1, 2)
     extra = -q_BTHD.shape[1] % BLOCK
     lse, delta = (jnp.pad(z, ((0, 0), (0, 0), (0, extra))) for z in (lse_BHT * LOG2_E, delta_BHT))
-    first, last = (jnp.pad(z, ((0, 0), (0, extra))) for z in (first_BT, last_BT))
+    seen = (first_BT, jnp.maximum(last_BT - first_BT, 0))
+    first, count = (jnp.pad(z, ((0, 0), (0, extra))) for z in seen)
     wider = (HALF if head_dim <= HALF else MOST_HEAD_DIM) - head_dim
 
     def padded(z: jax.Array) -> jax.Array:  # TMA copies whole rows of 8
         return jnp.pad(z, ((0, 0), (0, -z.shape[1] % 8), (0, 0), (0, wider)))
 
-    operands = [*(padded(z) for z in (q_BTHD, dout_BTHD, k_BSVD, v_BSVD)), lse, delta, first, last]
+    operands = [*(padded(z) for z in (q_BTHD, dout_BTHD, k_BSVD, v_BSVD)), lse, delta, first, count]
     dq = _dq(*operands, scale=scale, interpret=interpret)
     dk, dv = _dkv(*operands, scale=scale, interpret=interpret)
     return dq[:, : q_BTHD.shape[1], :, :head_dim], dk[:, :keys, :, :head_dim], dv[:, :keys, :, :head_dim]
 
 
-def _spans(first, last, rows):
+def _spans(first, count, rows):
     """Of each block of `rows` queries: first and last + 1 of the keys that any of them sees."""
-    first, last = (z.reshape(z.shape[0], -1, rows) for z in (first, last))
-    some = first < last
-    return jnp.where(some, first, jnp.iinfo(jnp.int32).max).min(2), jnp.where(some, last, 0).max(2)
+    first, count = (z.reshape(z.shape[0], -1, rows) for z in (first, count))
+    some = count > 0
+    return jnp.where(some, first, jnp.iinfo(jnp.int32).max).min(2), jnp.where(some, first + count, 0).max(2)
 
 
-def _walk_over_keys(first, last):
+def _walk_over_keys(first, count):
     """[B, blocks of BLOCK queries, 2]: from and to which block of HALF keys something is seen, int32."""
-    any_first, any_last = _spans(first, last, BLOCK)
+    any_first, any_last = _spans(first, count, BLOCK)
     end = -(-any_last // HALF)
     return jnp.stack([jnp.minimum(any_first // HALF, end), end], 2)
 
 
-def _walk_over_queries(first, last, key_blocks):
+def _walk_over_queries(first, count, key_blocks):
     """[B, key_blocks, 2]: from and to which block of HALF queries something of a block of BLOCK keys is seen, int32."""
-    any_first, any_last = (z[:, None] for z in _spans(first, last, HALF))
+    any_first, any_last = (z[:, None] for z in _spans(first, count, HALF))
     key = jnp.arange(key_blocks)[:, None] * BLOCK
     some = (any_first < key + BLOCK) & (any_last > key)
     block = jnp.arange(some.shape[2], dtype=jnp.int32)
@@ -132,6 +133,11 @@ def _fill(steps, load, full, free):
     lax.fori_loop(jnp.maximum(steps - STAGES, 0), steps, drain, None)
 
 
+def _seen(key, count):
+    """Whether 0 <= key < count, by one comparison."""
+    return key.astype(jnp.uint32) < count.astype(jnp.uint32)
+
+
 def _two_products(first, second, then):
     """then(a, b) of two products [HALF, D] x [D, HALF]: a function of a read before b is there, and one of both."""
 
@@ -157,14 +163,14 @@ def _operand(value, staged, *at):
     return staged.at[at]
 
 
-def _dq(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_BT, *, scale, interpret):
+def _dq(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, count_BT, *, scale, interpret):
     batch, _, heads, head_dim = q_BTHD.shape
     shared = heads // k_BSVD.shape[2]
-    walk_BX2 = _walk_over_keys(first_BT, last_BT)
+    walk_BX2 = _walk_over_keys(first_BT, count_BT)
     blocks = walk_BX2.shape[1]
     dtype = q_BTHD.dtype
 
-    def body(walk_g, q_g, dout_g, k_g, v_g, lse_g, delta_g, first_g, last_g, dq_g, *scratch):
+    def body(walk_g, q_g, dout_g, k_g, v_g, lse_g, delta_g, first_g, count_g, dq_g, *scratch):
         q_s, dout_s, k_s, v_s, ds_s, q_full, full, free = scratch
         # The longest walks first: those of the last queries.
         x, b, h, warpgroup = blocks - 1 - lax.axis_index("x"), *(lax.axis_index(name) for name in ("b", "h", "wg"))
@@ -190,7 +196,7 @@ def _dq(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_BT
                 plgpu.set_max_registers(240, action="increase")
             mine, rows = pl.ds(w * HALF, HALF), pl.ds(x * BLOCK + w * HALF, HALF)
             lse, delta = (load(z.at[b, h, rows], ROW) for z in (lse_g, delta_g))
-            first, last = (load(z.at[b, rows], ROW) for z in (first_g, last_g))
+            first, count = (load(z.at[b, rows], ROW) for z in (first_g, count_g))
             plgpu.barrier_wait(q_full)
 
             def walk(dq):
@@ -201,8 +207,7 @@ def _dq(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_BT
                     def softmax(logits):
                         p = jnp.exp2(logits * (scale * LOG2_E) - along_rows(lse, SQUARE))
                         key = j * HALF + _index(1)
-                        seen = (key >= along_rows(first, SQUARE)) & (key < along_rows(last, SQUARE))
-                        return jnp.where(seen, p, 0.0)
+                        return jnp.where(_seen(key - along_rows(first, SQUARE), along_rows(count, SQUARE)), p, 0.0)
 
                     ds = _two_products(
                         (q_s.at[mine], k_s.at[slot].transpose((1, 0))),
@@ -253,7 +258,7 @@ def _dq(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_BT
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],
     )
-    return call(walk_BX2, q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_BT)
+    return call(walk_BX2, q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, count_BT)
 
 
 def _parts(blocks, shared):
@@ -261,20 +266,20 @@ def _parts(blocks, shared):
     return next(n for n in range(1, shared + 1) if shared % n == 0 and (blocks * n >= BLOCKS or n == shared))
 
 
-def _dkv(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_BT, *, scale, interpret):
+def _dkv(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, count_BT, *, scale, interpret):
     batch, _, heads, head_dim = q_BTHD.shape
     keys, kv_heads = k_BSVD.shape[1:3]
     blocks = pl.cdiv(keys, BLOCK)
     parts = _parts(batch * blocks * kv_heads, heads // kv_heads)
     heads_of_part = heads // kv_heads // parts
-    walk_BX2 = _walk_over_queries(first_BT, last_BT, blocks)
+    walk_BX2 = _walk_over_queries(first_BT, count_BT, blocks)
     dtype = q_BTHD.dtype
 
-    def body(walk_g, q_g, dout_g, k_g, v_g, lse_g, delta_g, first_g, last_g, dk_g, dv_g, *scratch):
-        k_s, v_s, q_s, dout_s, lse_s, delta_s, first_s, last_s, p_s, k_full, full, free = scratch
+    def body(walk_g, q_g, dout_g, k_g, v_g, lse_g, delta_g, first_g, count_g, dk_g, dv_g, *scratch):
+        k_s, v_s, q_s, dout_s, lse_s, delta_s, first_s, count_s, p_s, k_full, full, free = scratch
         x, b, part, warpgroup = (lax.axis_index(name) for name in ("x", "b", "part", "wg"))
         start, end = walk_g[b, x, 0], walk_g[b, x, 1]
-        count = end - start
+        blocks_of_head = end - start
         first_head = part * heads_of_part  # parts of a key/value head lie side by side
 
         @pl.when(warpgroup == 2)
@@ -286,18 +291,21 @@ def _dkv(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_B
             plgpu.copy_gmem_to_smem(v_g.at[b, mine, head], v_s, k_full)
 
             def load_step(n, slot, barrier):
-                h, rows = first_head + lax.div(n, count), pl.ds((start + lax.rem(n, count)) * HALF, HALF)
+                h, rows = (
+                    first_head + lax.div(n, blocks_of_head),
+                    pl.ds((start + lax.rem(n, blocks_of_head)) * HALF, HALF),
+                )
                 for source, target in (
                     (q_g.at[b, rows, h], q_s),
                     (dout_g.at[b, rows, h], dout_s),
                     (lse_g.at[b, h, rows], lse_s),
                     (delta_g.at[b, h, rows], delta_s),
                     (first_g.at[b, rows], first_s),
-                    (last_g.at[b, rows], last_s),
+                    (count_g.at[b, rows], count_s),
                 ):
                     plgpu.copy_gmem_to_smem(source, target.at[slot], barrier)
 
-            _fill(count * heads_of_part, load_step, full, free)
+            _fill(blocks_of_head * heads_of_part, load_step, full, free)
 
         def compute(w):
             if interpret is None:
@@ -307,15 +315,15 @@ def _dkv(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_B
 
             def walk(dk, dv):
                 def step(h, i, _):
-                    n = h * count + i - start
+                    n = h * blocks_of_head + i - start
                     slot = _slot(n)
                     plgpu.barrier_wait(full.at[slot])
 
                     def softmax(logits):
                         p = jnp.exp2(logits * (scale * LOG2_E) - along_columns(load(lse_s.at[slot], COL), SQUARE))
                         key = x * BLOCK + w * HALF + _index(0)
-                        first, last = (along_columns(load(z.at[slot], COL), SQUARE) for z in (first_s, last_s))
-                        return jnp.where((key >= first) & (key < last), p, 0.0)
+                        first, count = (along_columns(load(z.at[slot], COL), SQUARE) for z in (first_s, count_s))
+                        return jnp.where(_seen(key - first, count), p, 0.0)
 
                     def both(p, dp):
                         ds = p * (dp - along_columns(load(delta_s.at[slot], COL), SQUARE))
@@ -371,7 +379,7 @@ def _dkv(q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_B
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],
     )
-    sums = call(walk_BX2, q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, last_BT)
+    sums = call(walk_BX2, q_BTHD, dout_BTHD, k_BSVD, v_BSVD, lse_BHT, delta_BHT, first_BT, count_BT)
 
     def over_parts(z_BPSD: jax.Array) -> jax.Array:
         z_BVNSD = z_BPSD.reshape(batch, kv_heads, parts, -1, head_dim)[:, :, :, :keys]

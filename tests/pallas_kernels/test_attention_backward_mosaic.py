@@ -85,7 +85,8 @@ def test_parts_of_the_heads():
 
 def test_no_block_is_walked_over_in_vain():
     first, last = keys_of_a_document(jnp.repeat(jnp.arange(4), 128)[None], (1, 512))
-    np.testing.assert_array_equal(mosaic._walk_over_keys(first, last)[0], [[0, 2], [2, 4], [4, 6], [6, 8]])
-    np.testing.assert_array_equal(mosaic._walk_over_queries(first, last, 5)[0, :4], [[0, 2], [2, 4], [4, 6], [6, 8]])
-    start, end = mosaic._walk_over_queries(first, last, 5)[0, 4]  # keys that no query sees
+    of_each = [[0, 2], [2, 4], [4, 6], [6, 8]]
+    np.testing.assert_array_equal(mosaic._walk_over_keys(first, last - first)[0], of_each)
+    np.testing.assert_array_equal(mosaic._walk_over_queries(first, last - first, 5)[0, :4], of_each)
+    start, end = mosaic._walk_over_queries(first, last - first, 5)[0, 4]  # keys that no query sees
     assert start == end
