@@ -26,7 +26,8 @@ from pallas_kernels.grouped_matmul_kernels import TILE_ROWS
 from pallas_kernels.grouped_matmul_mosaic import row_tiles
 from pallas_kernels.mosaic import Interpret, kernel_call
 from pallas_kernels.nvfp4 import BLOCK
-from pallas_kernels.quantize_mosaic import THREADS, column_bytes, encoding, halves, iota, row_bytes, transformed
+from pallas_kernels.nvfp4_mosaic import column_bytes, encoding, halves, iota, row_bytes, transformed
+from pallas_kernels.quantize_mosaic import THREADS
 from pallas_kernels.quantize_operands_mosaic import (
     COLUMNS,
     OF_COLUMNS,
@@ -163,7 +164,8 @@ def _kernel(m, n, experts, tiles, wanted, hadamard, stochastic, interpret):
                 first = tile * ROWS + a * BLOCK
                 of_tokens = [_of_blocks(bits[-1], first + row) for row in range(BLOCK)]
                 drawn = column_bytes(of_tokens, tile_b + iota(OF_COLUMNS, 2), iota(OF_COLUMNS, 3))
-                bytes_of = lambda parity: _kept(drawn(parity), a, count)  # noqa: E731
+                kept = _kept([word for word, _ in drawn(0)], a, count)
+                bytes_of = lambda parity: [(word, parity) for word in kept]  # noqa: E731
             words = _kept(words_of_columns(x_s, a), a, count)
             round_columns(words, x_s, a, of_expert, bytes_of, hadamard, interpret)
 

@@ -19,12 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import Interpret, kernel_call
 from pallas_kernels.nvfp4 import BLOCK
-from pallas_kernels.quantize_mosaic import (
-    THREADS,
+from pallas_kernels.nvfp4_mosaic import (
+    Draw,
     Encoding,
     bits_of_blocks,
     bits_of_rows,
-    block_numbers,
     column_bytes,
     encoding,
     halves,
@@ -34,9 +33,9 @@ from pallas_kernels.quantize_mosaic import (
     row_bytes,
     scaled,
     stochastic_value,
-    tile_ends,
     transformed,
 )
+from pallas_kernels.quantize_mosaic import THREADS, block_numbers, tile_ends
 
 A, B = 8, 4  # a tile of 128 rows and 64 columns
 ROWS, COLUMNS = A * BLOCK, B * BLOCK
@@ -159,10 +158,12 @@ def _columns(of_tensor, x_s, scales_g, tile_a, tile_b, hadamard, stream, interpr
         there[...] = scale.astype(jnp.uint8)
 
 
-def round_rows(x_s: Any, rows_s: Any, a: Any, of_tensor: Encoding, draw: list[Any] | None, interpret: Interpret) -> Any:
+def round_rows(
+    x_s: Any, rows_s: Any, a: Any, of_tensor: Encoding, draw: list[Draw] | None, interpret: Interpret
+) -> Any:
     """Tile x_s [A, 16, B, 8], from its a-th block of rows on -> the same of rows_s; e4m3 codes uint32 of the scales.
 
-    The other arguments are those of `quantize_mosaic.scaled`, and a byte of each part for stochastic rounding; arrays
+    The other arguments are those of `nvfp4_mosaic.scaled`, and a byte of each part for stochastic rounding; arrays
     are as OF_ROWS.
     """
     here = pl.ds(a, OF_ROWS[0])
@@ -185,7 +186,7 @@ def round_columns(
     to_s: Any,
     a: Any,
     of_tensor: Encoding,
-    bytes_of: Callable[[int], list[Any]] | None,
+    bytes_of: Callable[[int], list[Draw]] | None,
     hadamard: bool,
     interpret: Interpret,
 ) -> list[Any]:

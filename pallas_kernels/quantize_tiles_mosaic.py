@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import floats
 from pallas_kernels.mosaic import Interpret, kernel_call
 from pallas_kernels.nvfp4 import BLOCK
-from pallas_kernels.quantize_mosaic import (
+from pallas_kernels.nvfp4_mosaic import (
     encoding,
     halves,
     iota,

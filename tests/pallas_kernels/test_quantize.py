@@ -10,18 +10,25 @@ import pytest
 from pallas_kernels import quantize
 from pallas_kernels.dispatch import compiling_for
 from pallas_kernels.floats import bits_of
-from pallas_kernels.nvfp4 import SIGNS, e2m1_nearest_code, e2m1_value, hadamard16_of, quantize_nvfp4
-from pallas_kernels.quantize import CASES, Case, absolute_maxima, example_inputs, quantize_reference
-from pallas_kernels.quantize_mosaic import (
+from pallas_kernels.nvfp4 import (
+    SIGNS,
+    e2m1_nearest_code,
+    e2m1_stochastic_size,
+    e2m1_value,
+    hadamard16_of,
+    quantize_nvfp4,
+)
+from pallas_kernels.nvfp4_mosaic import (
     EXCESS,
     nearest_code,
     nearest_value,
-    stochastic_code,
+    stochastic_size,
     stochastic_value,
     transformed,
-    unfit,
 )
+from pallas_kernels.quantize import CASES, Case, absolute_maxima, example_inputs, quantize_reference
 from pallas_kernels.quantize_mosaic import quantize as kernel
+from pallas_kernels.quantize_mosaic import unfit
 from pallas_kernels.random_bits import DGRAD, WGRAD, random_bytes
 from tests.pallas_kernels import nvfp4_oracle as oracle
 
@@ -140,10 +147,18 @@ def test_rounding_to_nearest_by_sums(interpret):
     np.testing.assert_array_equal(bits_of(nearest_value(x, interpret)), bits_of(e2m1_value(codes)))
 
 
-def test_stochastic_rounding_by_sums(interpret):
-    x, byte = jnp.broadcast_arrays(near_steps(), jnp.arange(256, dtype=jnp.uint32)[:, None])
-    want = e2m1_value(stochastic_code(x, byte))
-    np.testing.assert_array_equal(bits_of(stochastic_value(x, byte, interpret)), bits_of(want))
+@pytest.mark.parametrize("place", range(4))
+def test_stochastic_rounding_by_sums(place, interpret):
+    """Every byte; and sums that come within their last places of 1/2 from below, some of which round to it."""
+    near_half = np.float32(0.5) - np.arange(256, dtype=np.float32) / 512
+    near_half = (near_half.view(np.int32)[:, None] + np.arange(-6, 4)).view(np.float32)
+    x = jnp.concatenate([near_steps(), jnp.asarray(near_half).ravel()])
+    x, byte = jnp.broadcast_arrays(x, jnp.arange(256, dtype=jnp.uint32)[:, None])
+    size = e2m1_stochastic_size(jnp.abs(x), byte)
+    draw = (byte << 8 * place | ~(jnp.uint32(255) << 8 * place), place)
+    np.testing.assert_array_equal(stochastic_size(x, draw, interpret) >> 16, size + 0x4300)
+    want = e2m1_value(size | (bits_of(x) >> 28) & 8)
+    np.testing.assert_array_equal(bits_of(stochastic_value(x, draw, interpret)), bits_of(want))
 
 
 @pytest.mark.gpu
