@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import llvm, vector
+from jax._src.lib.mlir.dialects import arith, llvm, memref, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -39,6 +39,27 @@ def _strided(shape):
 def load_words(ref: Any, shape: tuple[int, ...]) -> Any:
     """Shared memory -> registers: one word a thread."""
     return plgpu.load(ref, layout=_strided(shape), optimized=False)
+
+
+def gathered(ref: Any, index: Any, interpret: Interpret) -> Any:
+    """uint32 ref [...] -> ref[index], like index; the same layout."""
+    if interpret is not None:
+        return ref[...][index]
+    layout = _strided(index.shape)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), layout),
+        return_type=plgpu.ShapeDtypeStruct(index.shape, jnp.uint32, layout=layout),
+    )
+    def load(_, ref, index):
+        i32 = ir.IntegerType.get_signless(32)
+        registers = np.empty_like(index.registers)
+        for i in np.ndindex(registers.shape):
+            place = arith.index_cast(ir.IndexType.get(), vector.extract(index.registers[i], [], [0]))
+            registers[i] = vector.broadcast(ir.VectorType.get((1,), i32), memref.load(ref, [place]))
+        return mgpu.FragmentedArray(_registers=registers, _layout=index.layout, _is_signed=False)
+
+    return load(ref, index)
 
 
 def iota(shape: tuple[int, ...], axis: int) -> Any:

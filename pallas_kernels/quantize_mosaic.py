@@ -20,10 +20,8 @@ from pallas_kernels import floats
 from pallas_kernels.mosaic import Interpret, kernel_call
 from pallas_kernels.nvfp4 import BLOCK, NVFP4
 from pallas_kernels.nvfp4_mosaic import (
-    bits_of_blocks,
-    bits_of_rows,
-    column_bytes,
     encoding,
+    gathered,
     halves,
     iota,
     load_words,
@@ -31,7 +29,7 @@ from pallas_kernels.nvfp4_mosaic import (
     row_bytes,
     transformed,
 )
-from pallas_kernels.random_bits import DGRAD, WGRAD, stream_bits
+from pallas_kernels.random_bits import DGRAD, WGRAD, stream_bits, token_bits, word_bits
 
 ROWS = 128  # of a tile
 A = ROWS // BLOCK
@@ -61,8 +59,12 @@ def quantize(
     words = lax.bitcast_convert_type(x.reshape(m, n // 2, 2), jnp.uint32)
     kernel = _kernel(m, n, hadamard, seed is not None, interpret)
     if interpret is not None:
-        words = words.reshape(m // BLOCK, BLOCK, n // BLOCK, 8)
-    codes, scales, codes_columns, scales_columns = kernel(block_numbers(amax, amax_columns, seed), words)
+        words = words.reshape(m // BLOCK, BLOCK, n // BLOCK // 2, 2, 4, 2)
+    numbers = [jnp.stack([floats.bits_of(z) for z in (amax, amax_columns)])]
+    if seed is not None:
+        tokens = jnp.arange(m, dtype=jnp.uint32)
+        numbers += [token_bits(stream_bits(seed, stream), tokens) for stream in (DGRAD, WGRAD)]
+    codes, scales, codes_columns, scales_columns = kernel(*numbers, words)
 
     def result(codes, scales, of, along, amax):
         codes = lax.bitcast_convert_type(codes.reshape(of, along // 8), jnp.uint8).reshape(of, along // 2)
@@ -84,58 +86,66 @@ def _kernel(m, n, hadamard, stochastic, interpret):
     b_blocks = next(size for size in COLUMNS if n % size == 0) // BLOCK
     together = THREADS // (BLOCK * b_blocks)  # blocks of rows that the threads have one row of each
 
-    def body(numbers_g, x_g, codes_g, scales_g, codes_t_g, scales_t_g, x_s, codes_s, codes_t_s, full):
-        tile_a, tile_b = lax.axis_index("a") * A, lax.axis_index("b") * b_blocks
-        copies: list[tuple[Any, Any, tuple[Any, ...], tuple[Any, ...]]] = [
-            (x_g, x_s, (tile_a, A, BLOCK), (tile_b, b_blocks, 8)),
-            (codes_g, codes_s, (tile_a, A, BLOCK), (tile_b, b_blocks, 2)),
-            (codes_t_g, codes_t_s, (tile_b, b_blocks, BLOCK), (tile_a, A, 2)),
+    pairs = b_blocks // 2
+    of_rows, of_columns = (together, BLOCK, pairs, 2), (2, A, 2, 4)  # what the threads hold of each array
+
+    def body(maxima_g, *refs):
+        bits, refs = refs[: 2 * stochastic], refs[2 * stochastic :]
+        x_g, codes_g, scales_g, codes_t_g, scales_t_g, x_s, codes_s, codes_t_s, full = refs
+        tile_a, tile_b = lax.axis_index("a") * A, lax.axis_index("b") * pairs
+        copies: list[tuple[Any, ...]] = [
+            (x_g, x_s, (tile_a, A, BLOCK), (tile_b, pairs, BLOCK)),
+            (codes_g, codes_s, (tile_a, A, BLOCK), (tile_b, pairs, 4)),
+            (codes_t_g, codes_t_s, (tile_b, pairs, 2 * BLOCK), (tile_a, A, 2), 4),
         ]
-        (x_in, x_to), *results = [tile_ends(*copy, interpret) for copy in copies]
+        (x_in, x_to), *results = [tile_ends(*copy, interpret=interpret) for copy in copies]
         plgpu.copy_gmem_to_smem(x_in, x_to, full)
-        of_rows, of_columns = (together, BLOCK, b_blocks, 1), (4, 8, 4, 1)  # what the threads hold of each array
-        encodings = [encoding(numbers_g[i], shape, interpret) for i, shape in enumerate((of_rows, of_columns))]
+        encodings = [encoding(maxima_g[i], shape, interpret) for i, shape in enumerate((of_rows, of_columns))]
         plgpu.barrier_wait(full)
 
         def rows(i, _):
             here = pl.ds(i * together, together)
-            draw = None
+            draws = None
             if stochastic:
                 along = functools.partial(iota, of_rows)
-                token = (tile_a + i * together + along(0)) * BLOCK + along(1)
-                draw = row_bytes(bits_of_rows(numbers_g[2], token), tile_b + along(2))
-            words = [load_words(x_s.at[here, :, :, pl.ds(j, 1)], of_rows) for j in range(8)]
+                row = (tile_a + i * together + along(0)) * BLOCK + along(1)
+                block = (tile_b + along(2)) * 2 + along(3)
+                draws = row_bytes(gathered(bits[0], row, interpret), block)
+            words = [load_words(x_s.at[here, :, :, :, j // 2, j % 2], of_rows) for j in range(8)]
             parts = [half for word in words for half in halves(word)]
-            scale, packed = quantized(parts, encodings[0], draw, interpret)
+            scale, packed = quantized(parts, encodings[0], draws, interpret)
             for w in range(2):
-                codes_s.at[here, :, :, pl.ds(w, 1)][...] = packed[w]
+                codes_s.at[here, :, :, :, w][...] = packed[w]
             there = pl.ds(tile_a + i * together, together)
-            scales_g.at[there, :, pl.ds(tile_b, b_blocks), :][...] = scale.astype(jnp.uint8)
+            scales_g.at[there, :, pl.ds(tile_b, pairs), :][...] = scale.astype(jnp.uint8)
 
         def columns(i, _):
-            # 8 pairs of columns in each of 4 blocks, 4 blocks of rows: few of a warp's threads want the same bank.
-            b, a = lax.rem(i, b_blocks // 4) * 4, lax.div(i, b_blocks // 4) * 4
+            # Four neighbouring columns, which have one hash. What is a warp's: four of them in each of two blocks, and
+            # four blocks of rows, so that few threads want the same bank when they read, and when they write.
+            here, there = pl.ds(i * 2, 2), pl.ds(tile_b + i * 2, 2)
             words = [
-                load_words(x_s.at[pl.ds(a, 4), pl.ds(r, 1), pl.ds(b, 4), :].transpose((2, 3, 0, 1)), of_columns)
-                for r in range(BLOCK)
+                [load_words(x_s.at[:, r, here, :, :, j].transpose((1, 0, 2, 3)), of_columns) for r in range(BLOCK)]
+                for j in range(2)
             ]
-            bytes_of = None
+            hashes = []
             if stochastic:
                 along = functools.partial(iota, of_columns)
-                of_tokens = bits_of_blocks(numbers_g[3], tile_a + a + along(2))
-                bytes_of = column_bytes(of_tokens, tile_b + b + along(0), along(1))
-            for parity in range(2):
-                parts = [halves(word)[parity] for word in words]
+                block = (tile_b + i * 2 + along(0)) * 2 + along(2)
+                word = (block * 4 + along(3)).astype(jnp.uint32)
+                row = (tile_a + along(1)) * BLOCK
+                hashes = [word_bits(gathered(bits[1], row + r, interpret), word) for r in range(BLOCK)]
+            for column in range(4):
+                parts = [halves(word)[column % 2] for word in words[column // 2]]
                 parts = transformed(parts, interpret) if hadamard else parts
-                draw = bytes_of(parity) if bytes_of else None
-                scale, packed = quantized(parts, encodings[1], draw, interpret)
+                draws = [(word, column) for word in hashes] if stochastic else None
+                scale, packed = quantized(parts, encodings[1], draws, interpret)
                 for w in range(2):
-                    codes_t_s.at[pl.ds(b, 4), :, parity, pl.ds(a, 4), pl.ds(w, 1)][...] = packed[w]
-                there = scales_t_g.at[pl.ds(tile_b + b, 4), :, parity, pl.ds(tile_a + a, 4), :]
-                there[...] = scale.astype(jnp.uint8)
+                    codes_t_s.at[here, :, :, column, :, w].transpose((0, 3, 1, 2))[...] = packed[w]
+                to = scales_t_g.at[there, :, :, column, pl.ds(tile_a, A)]
+                to.transpose((0, 3, 1, 2))[...] = scale.astype(jnp.uint8)
 
         lax.fori_loop(0, A // together, rows, None)
-        lax.fori_loop(0, A // 4 * (b_blocks // 4), columns, None)
+        lax.fori_loop(0, pairs // 2, columns, None)
         plgpu.commit_smem()
         for to, made in results:
             plgpu.copy_smem_to_gmem(made, to)
@@ -144,40 +154,45 @@ def _kernel(m, n, hadamard, stochastic, interpret):
     blocks_m, blocks_n = m // BLOCK, n // BLOCK
     codes: list[tuple[int, ...]] = [(m, n // 8), (n, m // 8)]
     if interpret is not None:
-        codes = [(blocks_m, BLOCK, blocks_n, 2), (blocks_n, 8, 2, blocks_m, 2)]
-    scales = [(blocks_m, BLOCK, blocks_n, 1), (blocks_n, 8, 2, blocks_m, 1)]
-    of_codes, of_columns = (jax.ShapeDtypeStruct(shape, jnp.uint32) for shape in codes)
-    of_scales, of_columns_scales = (jax.ShapeDtypeStruct(shape, jnp.uint8) for shape in scales)
+        codes = [(blocks_m, BLOCK, blocks_n // 2, 2, 2), (blocks_n // 2, 2, 4, 4, blocks_m, 2)]
+    scales: list[tuple[int, ...]] = [(blocks_m, BLOCK, blocks_n // 2, 2), (blocks_n // 2, 2, 4, 4, blocks_m)]
+    of_codes, of_codes_t = (jax.ShapeDtypeStruct(shape, jnp.uint32) for shape in codes)
+    of_scales, of_scales_t = (jax.ShapeDtypeStruct(shape, jnp.uint8) for shape in scales)
     return kernel_call(
         body,
         warpgroups=1,
         interpret=interpret,
         auto_barriers=False,
         lanes=True,
-        out_type=[of_codes, of_scales, of_columns, of_columns_scales],
+        out_type=[of_codes, of_scales, of_codes_t, of_scales_t],
         grid=(blocks_m // A, blocks_n // b_blocks),
         grid_names=("a", "b"),
         scratch_types=[
-            plgpu.SMEM((A, BLOCK, b_blocks, 8), jnp.uint32),
-            plgpu.SMEM((A, BLOCK, b_blocks, 2), jnp.uint32),
-            plgpu.SMEM((b_blocks, 8, 2, A, 2), jnp.uint32),
+            plgpu.SMEM((A, BLOCK, pairs, 2, 4, 2), jnp.uint32),
+            plgpu.SMEM((A, BLOCK, pairs, 2, 2), jnp.uint32),
+            plgpu.SMEM((pairs, 2, 4, 4, A, 2), jnp.uint32),
             plgpu.Barrier(num_arrivals=1),
         ],
     )
 
 
 def tile_ends(
-    in_gmem: Any, in_smem: Any, outer: tuple[Any, ...], inner: tuple[Any, ...], interpret: Interpret
+    in_gmem: Any,
+    in_smem: Any,
+    outer: tuple[Any, ...],
+    inner: tuple[Any, ...],
+    axis: int = 2,
+    *,
+    interpret: Interpret,
 ) -> tuple[Any, Any]:
     """The two refs of a copy, of ``outer`` (first block, blocks, rows in each) times ``inner`` (first, blocks, words).
 
     Copied as matrices: TMA moves runs of 16 bytes and more. The interpreter, which knows no reshaped refs, copies
-    arrays as fine as those in shared memory, of which the blocks' axes are cut.
+    arrays as fine as those in shared memory, of which the blocks' axes, 0 and ``axis``, are cut.
     """
     (first_outer, outer_blocks, rows), (first_inner, inner_blocks, words) = outer, inner
     if interpret is None:
         cut = pl.ds(first_outer * rows, outer_blocks * rows), pl.ds(first_inner * words, inner_blocks * words)
         return in_gmem.at[cut], in_smem.reshape(outer_blocks * rows, inner_blocks * words)
-    within = (slice(None),) * (len(in_smem.shape) - 3)
-    cut = pl.ds(first_outer, outer_blocks), *within, pl.ds(first_inner, inner_blocks), slice(None)
-    return in_gmem.at[cut], in_smem
+    within = (slice(None),) * (axis - 1)
+    return in_gmem.at[pl.ds(first_outer, outer_blocks), *within, pl.ds(first_inner, inner_blocks)], in_smem

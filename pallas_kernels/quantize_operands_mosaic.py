@@ -90,13 +90,13 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
         outputs, (x_s, full, *more) = refs[: 2 * sum(wanted)], refs[2 * sum(wanted) :]
         tile_a, tile_b = lax.axis_index("a") * A, lax.axis_index("b") * B
         here = (tile_a, A, BLOCK), (tile_b, B, 8)
-        plgpu.copy_gmem_to_smem(*tile_ends(x_g, x_s, *here, interpret), full)
+        plgpu.copy_gmem_to_smem(*tile_ends(x_g, x_s, *here, interpret=interpret), full)
         of_rows, of_columns = (encoding(numbers_g[i], s, interpret) for i, s in enumerate((OF_ROWS, OF_COLUMNS)))
         plgpu.barrier_wait(full)
 
         def write(made, to):
             plgpu.commit_smem()
-            to, made = tile_ends(to, made, *here, interpret)
+            to, made = tile_ends(to, made, *here, interpret=interpret)
             plgpu.copy_smem_to_gmem(made, to)
 
         if by_rows:
