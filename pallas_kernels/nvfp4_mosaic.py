@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import floats
 from pallas_kernels.mosaic import Interpret
 from pallas_kernels.nvfp4 import BLOCK, signed_sums
-from pallas_kernels.random_bits import token_bits, word_bits
+from pallas_kernels.random_bits import word_bits
 
 Encoding = tuple[Any, Any]  # encode * (1/6) and decode of pallas_kernels/nvfp4.py, float32
 Draw = tuple[Any, int]  # a random byte: uint32, and which of its bytes, the lowest first
@@ -86,16 +86,6 @@ def column_bytes(of_tokens: list[Any], block: Any, pair: Any) -> Callable[[int],
     low = ((pair & 1) * 16).astype(jnp.uint32)
     words = [word_bits(of_token, word) >> low for of_token in of_tokens]
     return lambda parity: [(each, parity) for each in words]
-
-
-def bits_of_rows(stream: Any, row: Any) -> Any:
-    """`token_bits` where a token is a row, int32."""
-    return token_bits(lax.broadcast(stream, row.shape), row.astype(jnp.uint32))
-
-
-def bits_of_blocks(stream: Any, block_of_rows: Any) -> list[Any]:
-    """The same of each of the 16 rows of a block, int32."""
-    return [bits_of_rows(stream, block_of_rows * BLOCK + row) for row in range(BLOCK)]
 
 
 def transformed(parts: list[Any], interpret: Interpret) -> list[Any]:

@@ -60,10 +60,7 @@ def quantize(
     kernel = _kernel(m, n, hadamard, seed is not None, interpret)
     if interpret is not None:
         words = words.reshape(m // BLOCK, BLOCK, n // BLOCK // 2, 2, 4, 2)
-    numbers = [jnp.stack([floats.bits_of(z) for z in (amax, amax_columns)])]
-    if seed is not None:
-        tokens = jnp.arange(m, dtype=jnp.uint32)
-        numbers += [token_bits(stream_bits(seed, stream), tokens) for stream in (DGRAD, WGRAD)]
+    numbers = block_numbers(amax, amax_columns, seed, m)
     codes, scales, codes_columns, scales_columns = kernel(*numbers, words)
 
     def result(codes, scales, of, along, amax):
@@ -73,12 +70,13 @@ def quantize(
     return result(codes, scales, m, n, amax), result(codes_columns, scales_columns, n, m, amax_columns)
 
 
-def block_numbers(amax: jax.Array, amax_columns: jax.Array, seed: jax.Array | None) -> jax.Array:
-    """uint32: the bits of the maxima of rows and of columns; with a seed their `stream_bits`."""
-    numbers = [floats.bits_of(z) for z in (amax, amax_columns)]
+def block_numbers(amax: jax.Array, amax_columns: jax.Array, seed: jax.Array | None, rows: int) -> list[jax.Array]:
+    """uint32: the bits of the maxima of rows and of columns, [2]; with a seed `token_bits` of each row, for each."""
+    numbers = [jnp.stack([floats.bits_of(z) for z in (amax, amax_columns)])]
     if seed is not None:
-        numbers += [stream_bits(seed, stream) for stream in (DGRAD, WGRAD)]
-    return jnp.stack(numbers)
+        tokens = jnp.arange(rows, dtype=jnp.uint32)
+        numbers += [token_bits(stream_bits(seed, stream), tokens) for stream in (DGRAD, WGRAD)]
+    return numbers
 
 
 @functools.lru_cache

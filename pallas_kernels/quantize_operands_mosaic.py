@@ -22,10 +22,9 @@ from pallas_kernels.nvfp4 import BLOCK
 from pallas_kernels.nvfp4_mosaic import (
     Draw,
     Encoding,
-    bits_of_blocks,
-    bits_of_rows,
     column_bytes,
     encoding,
+    gathered,
     halves,
     iota,
     load_words,
@@ -70,8 +69,8 @@ def quantize_operands(
     if interpret is not None:
         words = words.reshape(m // BLOCK, BLOCK, n // BLOCK, 8)
     of_rows, of_columns = (jnp.ones((), jnp.float32) if each is None else each for each in (amax, amax_columns))
-    numbers = block_numbers(of_rows, of_columns, seed)
-    found = iter(_kernel(m, n, wanted, hadamard, seed is not None, interpret)(numbers, words))
+    numbers = block_numbers(of_rows, of_columns, seed, m)
+    found = iter(_kernel(m, n, wanted, hadamard, seed is not None, interpret)(*numbers, words))
 
     def result(in_rows, in_columns):  # elements of a scale
         values = lax.bitcast_convert_type(next(found).reshape(m, n // 2), jnp.bfloat16).reshape(m, n)
@@ -86,12 +85,13 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
     by_rows, by_columns = wanted
     both = by_rows and by_columns
 
-    def body(numbers_g, x_g, *refs):
+    def body(maxima_g, *refs):
+        bits, x_g, refs = refs[: 2 * stochastic], refs[2 * stochastic], refs[2 * stochastic + 1 :]
         outputs, (x_s, full, *more) = refs[: 2 * sum(wanted)], refs[2 * sum(wanted) :]
         tile_a, tile_b = lax.axis_index("a") * A, lax.axis_index("b") * B
         here = (tile_a, A, BLOCK), (tile_b, B, 8)
         plgpu.copy_gmem_to_smem(*tile_ends(x_g, x_s, *here, interpret=interpret), full)
-        of_rows, of_columns = (encoding(numbers_g[i], s, interpret) for i, s in enumerate((OF_ROWS, OF_COLUMNS)))
+        of_rows, of_columns = (encoding(maxima_g[i], s, interpret) for i, s in enumerate((OF_ROWS, OF_COLUMNS)))
         plgpu.barrier_wait(full)
 
         def write(made, to):
@@ -101,14 +101,14 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
 
         if by_rows:
             rows_s = more[0] if both else x_s
-            stream = numbers_g[2] if stochastic else None
-            rows = functools.partial(_rows, of_rows, x_s, rows_s, outputs[1], tile_a, tile_b, stream, interpret)
+            bits_g = bits[0] if stochastic else None
+            rows = functools.partial(_rows, of_rows, x_s, rows_s, outputs[1], tile_a, tile_b, bits_g, interpret)
             lax.fori_loop(0, A // OF_ROWS[0], lambda i, _: rows(i * OF_ROWS[0]), None)
             write(rows_s, outputs[0])
         if by_columns:
-            stream = numbers_g[3] if stochastic else None
+            bits_g = bits[1] if stochastic else None
             columns = functools.partial(
-                _columns, of_columns, x_s, outputs[-1], tile_a, tile_b, hadamard, stream, interpret
+                _columns, of_columns, x_s, outputs[-1], tile_a, tile_b, hadamard, bits_g, interpret
             )
             lax.fori_loop(0, A // OF_COLUMNS[0], lambda i, _: columns(i * OF_COLUMNS[0]), None)
             write(x_s, outputs[-2])
@@ -133,23 +133,24 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
     )
 
 
-def _rows(of_tensor, x_s, rows_s, scales_g, tile_a, tile_b, stream, interpret, a):
+def _rows(of_tensor, x_s, rows_s, scales_g, tile_a, tile_b, bits_g, interpret, a):
     """Blocks of 16 columns of the rows of some blocks of rows, from the a-th of the tile on."""
     draw = None
-    if stream is not None:
+    if bits_g is not None:
         along = functools.partial(iota, OF_ROWS)
-        of_token = bits_of_rows(stream, (tile_a + a + along(0)) * BLOCK + along(1))
-        draw = row_bytes(of_token, tile_b + along(2))
+        row = (tile_a + a + along(0)) * BLOCK + along(1)
+        draw = row_bytes(gathered(bits_g, row, interpret), tile_b + along(2))
     scale = round_rows(x_s, rows_s, a, of_tensor, draw, interpret)
     scales_g.at[pl.ds(tile_a + a, OF_ROWS[0]), :, pl.ds(tile_b, B), :][...] = scale.astype(jnp.uint8)
 
 
-def _columns(of_tensor, x_s, scales_g, tile_a, tile_b, hadamard, stream, interpret, a):
+def _columns(of_tensor, x_s, scales_g, tile_a, tile_b, hadamard, bits_g, interpret, a):
     """Blocks of 16 rows, from the a-th of the tile on, of all columns; in place."""
     bytes_of = None
-    if stream is not None:
+    if bits_g is not None:
         along = functools.partial(iota, OF_COLUMNS)
-        of_tokens = bits_of_blocks(stream, tile_a + a + along(0))
+        first = (tile_a + a + along(0)) * BLOCK
+        of_tokens = [gathered(bits_g, first + row, interpret) for row in range(BLOCK)]
         bytes_of = column_bytes(of_tokens, tile_b + along(2), along(3))
     words = words_of_columns(x_s, a)
     scales = round_columns(words, x_s, a, of_tensor, bytes_of, hadamard, interpret)
