@@ -71,11 +71,14 @@ def quantize(
 
 
 def block_numbers(amax: jax.Array, amax_columns: jax.Array, seed: jax.Array | None, rows: int) -> list[jax.Array]:
-    """uint32: the bits of the maxima of rows and of columns, [2]; with a seed `token_bits` of each row, for each."""
-    numbers = [jnp.stack([floats.bits_of(z) for z in (amax, amax_columns)])]
+    """uint32: the bits of both maxima, [1]; with a seed `token_bits` of each row, first those for rows, [2 M].
+
+    The maxima are arrays of their own, and the bits are one: to join or part them would be a small kernel more.
+    """
+    numbers = [floats.bits_of(z.reshape(1)) for z in (amax, amax_columns)]
     if seed is not None:
-        tokens = jnp.arange(rows, dtype=jnp.uint32)
-        numbers += [token_bits(stream_bits(seed, stream), tokens) for stream in (DGRAD, WGRAD)]
+        of_streams = jnp.stack([stream_bits(seed, stream) for stream in (DGRAD, WGRAD)])
+        numbers.append(token_bits(of_streams[:, None], jnp.arange(rows, dtype=jnp.uint32)).reshape(-1))
     return numbers
 
 
@@ -87,8 +90,8 @@ def _kernel(m, n, hadamard, stochastic, interpret):
     pairs = b_blocks // 2
     of_rows, of_columns = (together, BLOCK, pairs, 2), (2, A, 2, 4)  # what the threads hold of each array
 
-    def body(maxima_g, *refs):
-        bits, refs = refs[: 2 * stochastic], refs[2 * stochastic :]
+    def body(amax_g, amax_columns_g, *refs):
+        bits, refs = refs[:stochastic], refs[stochastic:]
         x_g, codes_g, scales_g, codes_t_g, scales_t_g, x_s, codes_s, codes_t_s, full = refs
         tile_a, tile_b = lax.axis_index("a") * A, lax.axis_index("b") * pairs
         copies: list[tuple[Any, ...]] = [
@@ -98,7 +101,8 @@ def _kernel(m, n, hadamard, stochastic, interpret):
         ]
         (x_in, x_to), *results = [tile_ends(*copy, interpret=interpret) for copy in copies]
         plgpu.copy_gmem_to_smem(x_in, x_to, full)
-        encodings = [encoding(maxima_g[i], shape, interpret) for i, shape in enumerate((of_rows, of_columns))]
+        rows_encoding = encoding(amax_g[0], of_rows, interpret)
+        columns_encoding = encoding(amax_columns_g[0], of_columns, interpret)
         plgpu.barrier_wait(full)
 
         def rows(i, _):
@@ -111,7 +115,7 @@ def _kernel(m, n, hadamard, stochastic, interpret):
                 draws = row_bytes(gathered(bits[0], row, interpret), block)
             words = [load_words(x_s.at[here, :, :, :, j // 2, j % 2], of_rows) for j in range(8)]
             parts = [half for word in words for half in halves(word)]
-            scale, packed = quantized(parts, encodings[0], draws, interpret)
+            scale, packed = quantized(parts, rows_encoding, draws, interpret)
             for w in range(2):
                 codes_s.at[here, :, :, :, w][...] = packed[w]
             there = pl.ds(tile_a + i * together, together)
@@ -130,13 +134,13 @@ def _kernel(m, n, hadamard, stochastic, interpret):
                 along = functools.partial(iota, of_columns)
                 block = (tile_b + i * 2 + along(0)) * 2 + along(2)
                 word = (block * 4 + along(3)).astype(jnp.uint32)
-                row = (tile_a + along(1)) * BLOCK
-                hashes = [word_bits(gathered(bits[1], row + r, interpret), word) for r in range(BLOCK)]
+                row = m + (tile_a + along(1)) * BLOCK
+                hashes = [word_bits(gathered(bits[0], row + r, interpret), word) for r in range(BLOCK)]
             for column in range(4):
                 parts = [halves(word)[column % 2] for word in words[column // 2]]
                 parts = transformed(parts, interpret) if hadamard else parts
                 draws = [(word, column) for word in hashes] if stochastic else None
-                scale, packed = quantized(parts, encodings[1], draws, interpret)
+                scale, packed = quantized(parts, columns_encoding, draws, interpret)
                 for w in range(2):
                     codes_t_s.at[here, :, :, column, :, w].transpose((0, 3, 1, 2))[...] = packed[w]
                 to = scales_t_g.at[there, :, :, column, pl.ds(tile_a, A)]

@@ -85,13 +85,15 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
     by_rows, by_columns = wanted
     both = by_rows and by_columns
 
-    def body(maxima_g, *refs):
-        bits, x_g, refs = refs[: 2 * stochastic], refs[2 * stochastic], refs[2 * stochastic + 1 :]
+    def body(amax_g, amax_columns_g, *refs):
+        bits_g = refs[0] if stochastic else None
+        x_g, refs = refs[stochastic], refs[stochastic + 1 :]
         outputs, (x_s, full, *more) = refs[: 2 * sum(wanted)], refs[2 * sum(wanted) :]
         tile_a, tile_b = lax.axis_index("a") * A, lax.axis_index("b") * B
         here = (tile_a, A, BLOCK), (tile_b, B, 8)
         plgpu.copy_gmem_to_smem(*tile_ends(x_g, x_s, *here, interpret=interpret), full)
-        of_rows, of_columns = (encoding(maxima_g[i], s, interpret) for i, s in enumerate((OF_ROWS, OF_COLUMNS)))
+        of_rows = encoding(amax_g[0], OF_ROWS, interpret)
+        of_columns = encoding(amax_columns_g[0], OF_COLUMNS, interpret)
         plgpu.barrier_wait(full)
 
         def write(made, to):
@@ -101,12 +103,10 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
 
         if by_rows:
             rows_s = more[0] if both else x_s
-            bits_g = bits[0] if stochastic else None
             rows = functools.partial(_rows, of_rows, x_s, rows_s, outputs[1], tile_a, tile_b, bits_g, interpret)
             lax.fori_loop(0, A // OF_ROWS[0], lambda i, _: rows(i * OF_ROWS[0]), None)
             write(rows_s, outputs[0])
         if by_columns:
-            bits_g = bits[1] if stochastic else None
             columns = functools.partial(
                 _columns, of_columns, x_s, outputs[-1], tile_a, tile_b, hadamard, bits_g, interpret
             )
@@ -149,7 +149,7 @@ def _columns(of_tensor, x_s, scales_g, tile_a, tile_b, hadamard, bits_g, interpr
     bytes_of = None
     if bits_g is not None:
         along = functools.partial(iota, OF_COLUMNS)
-        first = (tile_a + a + along(0)) * BLOCK
+        first = bits_g.shape[0] // 2 + (tile_a + a + along(0)) * BLOCK
         of_tokens = [gathered(bits_g, first + row, interpret) for row in range(BLOCK)]
         bytes_of = column_bytes(of_tokens, tile_b + along(2), along(3))
     words = words_of_columns(x_s, a)
