@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, memref, vector
+from jax._src.lib.mlir.dialects import arith, llvm, memref, scf, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -116,12 +116,16 @@ def scaled(
     of_tensor: Encoding,
     interpret: Interpret,
     across: Callable[[Any], Any] = lambda largest: largest,
+    *,
+    underflow: float | None,
 ) -> tuple[Any, Any, list[Any]]:
     """16 float32 arrays, element by element one block, in units of its scale; or any number of them, part of it.
 
     Args:
       of_tensor: of the parts' shape.
       across: from the largest of the parts to that of the block, where others have more of it.
+      underflow: for rounding to nearest, which gives zeros no sign: the least inverse of a scale with which no part
+        underflows, by the dtype of x. None: signs stay.
 
     Returns:
       the scale: its e4m3 code uint32, and its value; the parts, which E2M1 is to round.
@@ -130,57 +134,96 @@ def scaled(
     largest = across(functools.reduce(jnp.maximum, [jnp.abs(part) for part in parts]))
     scale, value = _e4m3(largest * sixth, interpret)
     inverse = jnp.minimum(_divide(1.0, value * decode, interpret), floats.FLOAT32_MAX)
-    return scale, value, [part * inverse for part in parts]
+    units = [part * inverse for part in parts]
+    return scale, value, units if underflow is None else _positive_zeros(units, inverse, underflow, interpret)
+
+
+UNDERFLOW_BFLOAT16, UNDERFLOW_FLOAT32 = 2.0**-16, 1.0
+
+
+def _positive_zeros(units, inverse, underflow, interpret):
+    """Products of ``inverse``, where -0 becomes 0.
+
+    A sum with 0 does that. The compiler makes one instruction of it and the product, which rounds once: what underflows
+    keeps its sign. That takes a block of more than 100 binades, so that the second sum is hardly needed.
+    """
+    if interpret is not None:
+        return [jnp.where(unit == 0, 0.0, unit) for unit in units]
+    layout = _strided(inverse.shape)
+    like_inverse = plgpu.ShapeDtypeStruct(inverse.shape, jnp.float32, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,) * (1 + len(units)), return_type=(like_inverse,) * len(units))
+    def summed(_, inverse, *units):
+        f32 = ir.F32Type.get()
+        made = [np.empty_like(inverse.registers) for _ in units]
+        for i in np.ndindex(inverse.registers.shape):
+            factor, *given = (vector.extract(array.registers[i], [], [0]) for array in (inverse, *units))
+            least = mgpu.c(underflow, f32)
+            small = arith.cmpf(arith.CmpFPredicate.OLT, factor, least)
+            branch = scf.IfOp(small, [f32] * len(units), has_else=True)  # type: ignore[call-arg]
+            with ir.InsertionPoint(branch.then_block):
+                scf.yield_([llvm.inline_asm(f32, [z], "add.f32 $0, $1, 0f00000000;", "=f,f") for z in given])
+            with ir.InsertionPoint(branch.else_block):
+                scf.yield_(given)
+            for registers, result in zip(made, branch.results, strict=True):
+                registers[i] = vector.broadcast(ir.VectorType.get((1,), f32), result)
+        return tuple(
+            mgpu.FragmentedArray(_registers=registers, _layout=inverse.layout, _is_signed=None) for registers in made
+        )
+
+    return list(summed(inverse, *(unit + 0.0 for unit in units)))
 
 
 def quantized(parts: list[Any], of_tensor: Encoding, draws: list[Draw] | None, interpret: Interpret) -> Any:
     """The codes of scales, and 8 E2M1 codes each in two arrays uint32; ``draws``: for stochastic rounding."""
-    scale, value, units = scaled(parts, of_tensor, interpret)
+    scale, value, units = scaled(parts, of_tensor, interpret, underflow=UNDERFLOW_BFLOAT16 if draws is None else None)
     valid = ~jnp.isnan(value)
-    if draws is None:  # to nearest, NaN is 0; a GPU's NaN has all bits set
-        codes = [nearest_code(unit, interpret) for unit in units]
-        packed = [
-            functools.reduce(lambda word, code: word * jnp.uint32(16) + code, codes[w : w + 8][::-1]) for w in (0, 8)
-        ]
-        excess = jnp.uint32(sum(EXCESS << 4 * i for i in range(8)) % 2**32)
-        kept = jnp.where(valid, jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
-        return scale, [(word - excess) & kept for word in packed]
-    sizes = [stochastic_size(unit, draw, interpret) for unit, draw in zip(units, draws, strict=True)]
     packed = []
     for w in (0, 8):
-        even, odd = (bytes_of_four(sizes[w + first : w + 8 : 2], 2, interpret) for first in (0, 1))
-        signs = [lax.bitcast_convert_type(part, jnp.uint32) for part in parts[w : w + 8]]
-        even_signs, odd_signs = (bytes_of_four(signs[first::2], 3, interpret) for first in (0, 1))
-        word = even + (odd << jnp.uint32(4))
-        word = word | (even_signs >> jnp.uint32(4)) & jnp.uint32(0x08080808) | odd_signs & jnp.uint32(0x80808080)
-        packed.append(jnp.where(valid, word, jnp.uint32(0x77777777)))
+        eight = slice(w, w + 8)
+        if draws is None:  # NaN is 0; a GPU's NaN has all bits set
+            sizes = [nearest_size(unit, interpret) for unit in units[eight]]
+            word = functools.reduce(lambda word, size: word * jnp.uint32(16) + size, sizes[::-1])
+            word = (word - jnp.uint32(sum(EXCESS << 4 * i for i in range(8)) % 2**32)) | _signs(units[eight], interpret)
+            packed.append(jnp.where(valid, word, jnp.uint32(0)))
+        else:
+            sizes = [stochastic_size(*each, interpret) for each in zip(units[eight], draws[eight], strict=True)]
+            even, odd = (bytes_of_four(sizes[first::2], 2, interpret) for first in (0, 1))
+            word = even + (odd << jnp.uint32(4)) | _signs(parts[eight], interpret)
+            packed.append(jnp.where(valid, word, jnp.uint32(0x77777777)))
     return scale, packed
+
+
+def _signs(eight, interpret):
+    """The sign of each float32, as the highest bit of four: those of a uint32, the first's lowest."""
+    bits = [lax.bitcast_convert_type(each, jnp.uint32) for each in eight]
+    even, odd = (bytes_of_four(bits[first::2], 3, interpret) for first in (0, 1))
+    return (even >> jnp.uint32(4)) & jnp.uint32(0x08080808) | odd & jnp.uint32(0x80808080)
 
 
 ROUNDING = 1.5 * 2.0**25  # what is added to it is rounded to fours, ties to even, and the lowest bits count them
 EXCESS = 0x4C400000  # its own bits
 
 
-def nearest_code(x: Any, interpret: Interpret) -> Any:
-    """E2M1 code of float32, to nearest, ties to even; uint32, with EXCESS beyond the lowest four bits.
+def nearest_size(x: Any, interpret: Interpret) -> Any:
+    """E2M1 code of |x| float32, to nearest, ties to even; uint32, with EXCESS beyond the lowest three bits.
 
     A GPU compares and selects half as fast as it adds, but it clips a sum to 0 .. 1 for nothing. Sizes up to 2 are four
     codes, from there to 4 are two and to 6 are one: what is clipped counts so often, and is rounded as it is added. A
     tie goes to an even sum, and the sums before are even.
     """
     half = jnp.abs(x) * 0.5
-    code = jnp.where(x < 0, jnp.float32(ROUNDING + 4 * 8), jnp.float32(ROUNDING))
+    code = jnp.float32(ROUNDING)
     for codes, begin in ((4, 0.0), (2, 1.0), (1, 2.0)):
         code = code + jnp.float32(4 * codes) * _clipped(half, begin, interpret)  # twice would become a sum of its own
     return lax.bitcast_convert_type(code, jnp.uint32)
 
 
 def nearest_value(x: Any, interpret: Interpret) -> Any:
-    """The value of E2M1 that is nearest to a float32, ties to even; any where x is NaN. -0 is 0, as its code is.
+    """The value of E2M1 that is nearest to a float32, ties to even, with its sign; any where x is NaN.
 
     Added to 1.5 * 2^22 of the steps of E2M1 about x, a float32 is rounded to whole steps.
     """
-    x = x + 0.0 if interpret is None else jnp.where(x == 0, 0.0, x)  # a sum that XLA would leave out
     x = jnp.clip(x, -6.0, 6.0)
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     power = jnp.maximum(bits & jnp.uint32(0x7F800000), jnp.uint32(0x3F800000))  # of x, 1 at least
@@ -192,7 +235,7 @@ def nearest_value(x: Any, interpret: Interpret) -> Any:
 def stochastic_size(x: Any, draw: Draw, interpret: Interpret) -> Any:
     """Code of |x| float32, rounded by a byte, in the third byte of a uint32; NaN gives 0.
 
-    As `nearest_code` counts, but from 128 and a 256th of the byte on, and cut at each sum: to multiples of 2^-16, so
+    As `nearest_size` counts, but from 128 and a 256th of the byte on, and cut at each sum: to multiples of 2^-16, so
     that whole steps are never lost. What e2m1_stochastic_size rounds is the sum of x and a share of its step, which can
     bring it to a step it does not reach only below 1/2: where a quarter of a unit in the last place is missing.
     """

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic import Interpret, kernel_call
 from pallas_kernels.nvfp4 import BLOCK
 from pallas_kernels.nvfp4_mosaic import (
+    UNDERFLOW_BFLOAT16,
     Draw,
     Encoding,
     column_bytes,
@@ -206,7 +207,7 @@ def round_columns(
 
 def _operands(parts, of_tensor, draw, interpret):
     """The codes of scales, and 16 arrays of code * scale, float32 that are bfloat16."""
-    scale, value, parts = scaled(parts, of_tensor, interpret)
+    scale, value, parts = scaled(parts, of_tensor, interpret, underflow=UNDERFLOW_BFLOAT16 if draw is None else None)
     if draw is None:
         return scale, [nearest_value(part, interpret) * value for part in parts]
     return scale, [stochastic_value(part, each, interpret) * value for part, each in zip(parts, draw, strict=True)]

@@ -20,7 +20,7 @@ from pallas_kernels.nvfp4 import (
 )
 from pallas_kernels.nvfp4_mosaic import (
     EXCESS,
-    nearest_code,
+    nearest_size,
     nearest_value,
     stochastic_size,
     stochastic_value,
@@ -142,8 +142,8 @@ def near_steps():
 def test_rounding_to_nearest_by_sums(interpret):
     x = near_steps()
     codes = e2m1_nearest_code(x)
-    got = nearest_code(x, interpret) - jnp.uint32(EXCESS)
-    np.testing.assert_array_equal(got, codes)
+    np.testing.assert_array_equal(nearest_size(x, interpret) - jnp.uint32(EXCESS), codes & 7)
+    x = jnp.where(x == 0, 0.0, x)  # which it is given without a sign
     np.testing.assert_array_equal(bits_of(nearest_value(x, interpret)), bits_of(e2m1_value(codes)))
 
 
@@ -168,7 +168,15 @@ def test_on_a_gpu_with_values_that_the_interpreter_does_not_have(case):
     (x, *_), settings = example_inputs(case, 1, jnp.bfloat16)
     tiny = x.at[5, 20].set(1e-39).at[:, 3].mul(1e-38)
     special = tiny.at[7, 9].set(jnp.inf).at[40, 30].set(-jnp.inf).at[50, 60].set(0 if case.stochastic else jnp.nan)
-    for z, amax in ((tiny, None), (special, 1.0), (x * 1e-38, None), (x * 1e-36, None), (x * 1e36, None)):
+    apart = x.at[:, ::4].mul(1e33).at[:, 1::4].set(-1e-39).at[:, 2::4].set(-0.0)  # products underflow: no sign
+    for z, amax in (
+        (tiny, None),
+        (special, 1.0),
+        (x * 1e-38, None),
+        (x * 1e-36, None),
+        (x * 1e36, None),
+        (apart, None),
+    ):
         z = z.astype(jnp.bfloat16)
         maxima = absolute_maxima(z, hadamard=True) if amax is None else (jnp.float32(amax),) * 2
         got = quantize(z, *maxima, **settings, impl="mosaic")
