@@ -1,7 +1,7 @@
 """`quantize` for Hopper (Pallas Mosaic GPU, sm_90a): x is read once, codes and scales of both orientations are written.
 
 A block of threads owns a tile of 128 rows. It comes into shared memory as words of two neighbouring columns, and is
-read from there twice: by threads that each own 16 columns of a row, and by threads that each own 16 rows of two
+read from there twice: by threads that each own 16 columns of a row, and by threads that each own 16 rows of four
 columns, whole blocks of NVFP4 both times. What they do with them is pallas_kernels/nvfp4_mosaic.py.
 
 Shapes: M rows, N columns of x; a tile has A blocks of 16 rows and B blocks of 16 columns.
@@ -85,9 +85,8 @@ def block_numbers(amax: jax.Array, amax_columns: jax.Array, seed: jax.Array | No
 @functools.lru_cache
 def _kernel(m, n, hadamard, stochastic, interpret):
     b_blocks = next(size for size in COLUMNS if n % size == 0) // BLOCK
-    together = THREADS // (BLOCK * b_blocks)  # blocks of rows that the threads have one row of each
-
     pairs = b_blocks // 2
+    together = THREADS // (BLOCK * b_blocks)  # blocks of rows that the threads have one row of each
     of_rows, of_columns = (together, BLOCK, pairs, 2), (2, A, 2, 4)  # what the threads hold of each array
 
     def body(amax_g, amax_columns_g, *refs):
