@@ -26,7 +26,8 @@ from pallas_kernels.grouped_matmul_kernels import TILE_ROWS
 from pallas_kernels.grouped_matmul_mosaic import row_tiles
 from pallas_kernels.mosaic import Interpret, kernel_call
 from pallas_kernels.nvfp4 import BLOCK
-from pallas_kernels.quantize_mosaic import THREADS, column_bytes, encoding, halves, iota, row_bytes, transformed
+from pallas_kernels.nvfp4_mosaic import column_bytes, encoding, gathered, halves, iota, row_bytes, transformed
+from pallas_kernels.quantize_mosaic import THREADS
 from pallas_kernels.quantize_operands_mosaic import (
     COLUMNS,
     OF_COLUMNS,
@@ -130,11 +131,10 @@ def _words(x, interpret):
 
 
 def _bits_of_tiles(tiles, seed, entries, wanted):
-    """`token_bits` of the rows of each tile: [T, A, 16, B, 1], as the threads want them, and [T 128]."""
+    """`token_bits` of the rows of each tile, [T 128], for each of the results."""
     rows = jnp.minimum(tiles.row[:, None] + jnp.arange(ROWS, dtype=jnp.int32), len(entries) - 1)
-    of_rows, of_columns = (token_bits(stream_bits(seed, s), entries)[rows] for s in (DGRAD, WGRAD))
-    spread = jnp.broadcast_to(of_rows.reshape(-1, A, BLOCK, 1, 1), (len(rows), A, BLOCK, B, 1))
-    return [bits for bits, given in zip((spread, of_columns.reshape(-1)), wanted, strict=True) if given]
+    bits = (token_bits(stream_bits(seed, stream), entries)[rows].reshape(-1) for stream in (DGRAD, WGRAD))
+    return [each for each, given in zip(bits, wanted, strict=True) if given]
 
 
 @functools.lru_cache
@@ -153,17 +153,18 @@ def _kernel(m, n, experts, tiles, wanted, hadamard, stochastic, interpret):
         def rows(a, rows_s, of_expert):
             draw = None
             if stochastic:
-                here = bits[0].at[tile, pl.ds(a, OF_ROWS[0])]
-                draw = row_bytes(_load(here, OF_ROWS), tile_b + iota(OF_ROWS, 2))
+                row = tile * ROWS + (a + iota(OF_ROWS, 0)) * BLOCK + iota(OF_ROWS, 1)
+                draw = row_bytes(gathered(bits[0], row, interpret), tile_b + iota(OF_ROWS, 2))
             round_rows(x_s, rows_s, a, of_expert, draw, interpret)
 
         def columns(a, of_expert):
             bytes_of = None
             if stochastic:
-                first = tile * ROWS + a * BLOCK
-                of_tokens = [_of_blocks(bits[-1], first + row) for row in range(BLOCK)]
+                first = tile * ROWS + (a + iota(OF_COLUMNS, 0)) * BLOCK
+                of_tokens = [gathered(bits[-1], first + row, interpret) for row in range(BLOCK)]
                 drawn = column_bytes(of_tokens, tile_b + iota(OF_COLUMNS, 2), iota(OF_COLUMNS, 3))
-                bytes_of = lambda parity: _kept(drawn(parity), a, count)  # noqa: E731
+                kept = _kept([word for word, _ in drawn(0)], a, count)
+                bytes_of = lambda parity: [(word, parity) for word in kept]  # noqa: E731
             words = _kept(words_of_columns(x_s, a), a, count)
             round_columns(words, x_s, a, of_expert, bytes_of, hadamard, interpret)
 
@@ -281,19 +282,6 @@ def _kept(words, a, count):
     """`words_of_columns` from the tile's a-th block of rows on, zero where the tile has no row."""
     first = (a + iota(OF_COLUMNS, 0)) * BLOCK
     return [jnp.where(first + row < count, word, jnp.uint32(0)) for row, word in enumerate(words)]
-
-
-def _of_blocks(bits_g, first):
-    """An element for each of the 4 blocks of rows that threads have at a time, 16 apart; the rest is the same."""
-    block = iota(OF_COLUMNS, 0)
-    found = lax.broadcast(bits_g[first], OF_COLUMNS)
-    for other in range(1, OF_COLUMNS[0]):
-        found = jnp.where(block == other, lax.broadcast(bits_g[first + other * BLOCK], OF_COLUMNS), found)
-    return found
-
-
-def _load(ref, shape):
-    return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED(shape, vec_size=1), optimized=False)
 
 
 def _matrix(rows, n, interpret):

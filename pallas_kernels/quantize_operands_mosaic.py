@@ -19,14 +19,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import Interpret, kernel_call
 from pallas_kernels.nvfp4 import BLOCK
-from pallas_kernels.quantize_mosaic import (
-    THREADS,
+from pallas_kernels.nvfp4_mosaic import (
+    UNDERFLOW_BFLOAT16,
+    Draw,
     Encoding,
-    bits_of_blocks,
-    bits_of_rows,
-    block_numbers,
     column_bytes,
     encoding,
+    gathered,
     halves,
     iota,
     load_words,
@@ -34,9 +33,9 @@ from pallas_kernels.quantize_mosaic import (
     row_bytes,
     scaled,
     stochastic_value,
-    tile_ends,
     transformed,
 )
+from pallas_kernels.quantize_mosaic import THREADS, block_numbers, tile_ends
 
 A, B = 8, 4  # a tile of 128 rows and 64 columns
 ROWS, COLUMNS = A * BLOCK, B * BLOCK
@@ -71,8 +70,8 @@ def quantize_operands(
     if interpret is not None:
         words = words.reshape(m // BLOCK, BLOCK, n // BLOCK, 8)
     of_rows, of_columns = (jnp.ones((), jnp.float32) if each is None else each for each in (amax, amax_columns))
-    numbers = block_numbers(of_rows, of_columns, seed)
-    found = iter(_kernel(m, n, wanted, hadamard, seed is not None, interpret)(numbers, words))
+    numbers = block_numbers(of_rows, of_columns, seed, m)
+    found = iter(_kernel(m, n, wanted, hadamard, seed is not None, interpret)(*numbers, words))
 
     def result(in_rows, in_columns):  # elements of a scale
         values = lax.bitcast_convert_type(next(found).reshape(m, n // 2), jnp.bfloat16).reshape(m, n)
@@ -87,29 +86,30 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
     by_rows, by_columns = wanted
     both = by_rows and by_columns
 
-    def body(numbers_g, x_g, *refs):
+    def body(amax_g, amax_columns_g, *refs):
+        bits_g = refs[0] if stochastic else None
+        x_g, refs = refs[stochastic], refs[stochastic + 1 :]
         outputs, (x_s, full, *more) = refs[: 2 * sum(wanted)], refs[2 * sum(wanted) :]
         tile_a, tile_b = lax.axis_index("a") * A, lax.axis_index("b") * B
         here = (tile_a, A, BLOCK), (tile_b, B, 8)
-        plgpu.copy_gmem_to_smem(*tile_ends(x_g, x_s, *here, interpret), full)
-        of_rows, of_columns = (encoding(numbers_g[i], s, interpret) for i, s in enumerate((OF_ROWS, OF_COLUMNS)))
+        plgpu.copy_gmem_to_smem(*tile_ends(x_g, x_s, *here, interpret=interpret), full)
+        of_rows = encoding(amax_g[0], OF_ROWS, interpret)
+        of_columns = encoding(amax_columns_g[0], OF_COLUMNS, interpret)
         plgpu.barrier_wait(full)
 
         def write(made, to):
             plgpu.commit_smem()
-            to, made = tile_ends(to, made, *here, interpret)
+            to, made = tile_ends(to, made, *here, interpret=interpret)
             plgpu.copy_smem_to_gmem(made, to)
 
         if by_rows:
             rows_s = more[0] if both else x_s
-            stream = numbers_g[2] if stochastic else None
-            rows = functools.partial(_rows, of_rows, x_s, rows_s, outputs[1], tile_a, tile_b, stream, interpret)
+            rows = functools.partial(_rows, of_rows, x_s, rows_s, outputs[1], tile_a, tile_b, bits_g, interpret)
             lax.fori_loop(0, A // OF_ROWS[0], lambda i, _: rows(i * OF_ROWS[0]), None)
             write(rows_s, outputs[0])
         if by_columns:
-            stream = numbers_g[3] if stochastic else None
             columns = functools.partial(
-                _columns, of_columns, x_s, outputs[-1], tile_a, tile_b, hadamard, stream, interpret
+                _columns, of_columns, x_s, outputs[-1], tile_a, tile_b, hadamard, bits_g, interpret
             )
             lax.fori_loop(0, A // OF_COLUMNS[0], lambda i, _: columns(i * OF_COLUMNS[0]), None)
             write(x_s, outputs[-2])
@@ -134,23 +134,24 @@ def _kernel(m, n, wanted, hadamard, stochastic, interpret):
     )
 
 
-def _rows(of_tensor, x_s, rows_s, scales_g, tile_a, tile_b, stream, interpret, a):
+def _rows(of_tensor, x_s, rows_s, scales_g, tile_a, tile_b, bits_g, interpret, a):
     """Blocks of 16 columns of the rows of some blocks of rows, from the a-th of the tile on."""
     draw = None
-    if stream is not None:
+    if bits_g is not None:
         along = functools.partial(iota, OF_ROWS)
-        of_token = bits_of_rows(stream, (tile_a + a + along(0)) * BLOCK + along(1))
-        draw = row_bytes(of_token, tile_b + along(2))
+        row = (tile_a + a + along(0)) * BLOCK + along(1)
+        draw = row_bytes(gathered(bits_g, row, interpret), tile_b + along(2))
     scale = round_rows(x_s, rows_s, a, of_tensor, draw, interpret)
     scales_g.at[pl.ds(tile_a + a, OF_ROWS[0]), :, pl.ds(tile_b, B), :][...] = scale.astype(jnp.uint8)
 
 
-def _columns(of_tensor, x_s, scales_g, tile_a, tile_b, hadamard, stream, interpret, a):
+def _columns(of_tensor, x_s, scales_g, tile_a, tile_b, hadamard, bits_g, interpret, a):
     """Blocks of 16 rows, from the a-th of the tile on, of all columns; in place."""
     bytes_of = None
-    if stream is not None:
+    if bits_g is not None:
         along = functools.partial(iota, OF_COLUMNS)
-        of_tokens = bits_of_blocks(stream, tile_a + a + along(0))
+        first = bits_g.shape[0] // 2 + (tile_a + a + along(0)) * BLOCK
+        of_tokens = [gathered(bits_g, first + row, interpret) for row in range(BLOCK)]
         bytes_of = column_bytes(of_tokens, tile_b + along(2), along(3))
     words = words_of_columns(x_s, a)
     scales = round_columns(words, x_s, a, of_tensor, bytes_of, hadamard, interpret)
@@ -159,10 +160,12 @@ def _columns(of_tensor, x_s, scales_g, tile_a, tile_b, hadamard, stream, interpr
         there[...] = scale.astype(jnp.uint8)
 
 
-def round_rows(x_s: Any, rows_s: Any, a: Any, of_tensor: Encoding, draw: list[Any] | None, interpret: Interpret) -> Any:
+def round_rows(
+    x_s: Any, rows_s: Any, a: Any, of_tensor: Encoding, draw: list[Draw] | None, interpret: Interpret
+) -> Any:
     """Tile x_s [A, 16, B, 8], from its a-th block of rows on -> the same of rows_s; e4m3 codes uint32 of the scales.
 
-    The other arguments are those of `quantize_mosaic.scaled`, and a byte of each part for stochastic rounding; arrays
+    The other arguments are those of `nvfp4_mosaic.scaled`, and a byte of each part for stochastic rounding; arrays
     are as OF_ROWS.
     """
     here = pl.ds(a, OF_ROWS[0])
@@ -185,7 +188,7 @@ def round_columns(
     to_s: Any,
     a: Any,
     of_tensor: Encoding,
-    bytes_of: Callable[[int], list[Any]] | None,
+    bytes_of: Callable[[int], list[Draw]] | None,
     hadamard: bool,
     interpret: Interpret,
 ) -> list[Any]:
@@ -204,7 +207,7 @@ def round_columns(
 
 def _operands(parts, of_tensor, draw, interpret):
     """The codes of scales, and 16 arrays of code * scale, float32 that are bfloat16."""
-    scale, value, parts = scaled(parts, of_tensor, interpret)
+    scale, value, parts = scaled(parts, of_tensor, interpret, underflow=UNDERFLOW_BFLOAT16 if draw is None else None)
     if draw is None:
         return scale, [nearest_value(part, interpret) * value for part in parts]
     return scale, [stochastic_value(part, each, interpret) * value for part, each in zip(parts, draw, strict=True)]

@@ -21,7 +21,9 @@ from jax.typing import DTypeLike
 from pallas_kernels import floats
 from pallas_kernels.mosaic import Interpret, kernel_call
 from pallas_kernels.nvfp4 import BLOCK
-from pallas_kernels.quantize_mosaic import (
+from pallas_kernels.nvfp4_mosaic import (
+    UNDERFLOW_BFLOAT16,
+    UNDERFLOW_FLOAT32,
     encoding,
     halves,
     iota,
@@ -85,7 +87,9 @@ def _kernel(tensors, tiles_m, tiles_n, wide, interpret):
             both = [halves(load_words(row, PAIRS)) for row in rows]
         parts = [part for each in both for part in each]
         across = functools.partial(largest_of_neighbours, interpret=interpret)
-        _, value, parts = scaled(parts, of_tensor, interpret, across)
+        _, value, parts = scaled(
+            parts, of_tensor, interpret, across, underflow=UNDERFLOW_FLOAT32 if wide else UNDERFLOW_BFLOAT16
+        )
         made = [nearest_value(part, interpret) * value for part in parts]
         for row in range(BLOCK):
             out_s.at[:, pl.ds(row, 1)][...] = word_of(made[2 * row], made[2 * row + 1])

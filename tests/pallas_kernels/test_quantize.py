@@ -10,18 +10,25 @@ import pytest
 from pallas_kernels import quantize
 from pallas_kernels.dispatch import compiling_for
 from pallas_kernels.floats import bits_of
-from pallas_kernels.nvfp4 import SIGNS, e2m1_nearest_code, e2m1_value, hadamard16_of, quantize_nvfp4
-from pallas_kernels.quantize import CASES, Case, absolute_maxima, example_inputs, quantize_reference
-from pallas_kernels.quantize_mosaic import (
+from pallas_kernels.nvfp4 import (
+    SIGNS,
+    e2m1_nearest_code,
+    e2m1_stochastic_size,
+    e2m1_value,
+    hadamard16_of,
+    quantize_nvfp4,
+)
+from pallas_kernels.nvfp4_mosaic import (
     EXCESS,
-    nearest_code,
+    nearest_size,
     nearest_value,
-    stochastic_code,
+    stochastic_size,
     stochastic_value,
     transformed,
-    unfit,
 )
+from pallas_kernels.quantize import CASES, Case, absolute_maxima, example_inputs, quantize_reference
 from pallas_kernels.quantize_mosaic import quantize as kernel
+from pallas_kernels.quantize_mosaic import unfit
 from pallas_kernels.random_bits import DGRAD, WGRAD, random_bytes
 from tests.pallas_kernels import nvfp4_oracle as oracle
 
@@ -135,15 +142,23 @@ def near_steps():
 def test_rounding_to_nearest_by_sums(interpret):
     x = near_steps()
     codes = e2m1_nearest_code(x)
-    got = nearest_code(x, interpret) - jnp.uint32(EXCESS)
-    np.testing.assert_array_equal(got, codes)
+    np.testing.assert_array_equal(nearest_size(x, interpret) - jnp.uint32(EXCESS), codes & 7)
+    x = jnp.where(x == 0, 0.0, x)  # which it is given without a sign
     np.testing.assert_array_equal(bits_of(nearest_value(x, interpret)), bits_of(e2m1_value(codes)))
 
 
-def test_stochastic_rounding_by_sums(interpret):
-    x, byte = jnp.broadcast_arrays(near_steps(), jnp.arange(256, dtype=jnp.uint32)[:, None])
-    want = e2m1_value(stochastic_code(x, byte))
-    np.testing.assert_array_equal(bits_of(stochastic_value(x, byte, interpret)), bits_of(want))
+@pytest.mark.parametrize("place", range(4))
+def test_stochastic_rounding_by_sums(place, interpret):
+    """Every byte; and sums that come within their last places of 1/2 from below, some of which round to it."""
+    near_half = np.float32(0.5) - np.arange(256, dtype=np.float32) / 512
+    near_half = (near_half.view(np.int32)[:, None] + np.arange(-6, 4)).view(np.float32)
+    x = jnp.concatenate([near_steps(), jnp.asarray(near_half).ravel()])
+    x, byte = jnp.broadcast_arrays(x, jnp.arange(256, dtype=jnp.uint32)[:, None])
+    size = e2m1_stochastic_size(jnp.abs(x), byte)
+    draw = (byte << 8 * place | ~(jnp.uint32(255) << 8 * place), place)
+    np.testing.assert_array_equal(stochastic_size(x, draw, interpret) >> 16, size + 0x4300)
+    want = e2m1_value(size | (bits_of(x) >> 28) & 8)
+    np.testing.assert_array_equal(bits_of(stochastic_value(x, draw, interpret)), bits_of(want))
 
 
 @pytest.mark.gpu
@@ -153,7 +168,15 @@ def test_on_a_gpu_with_values_that_the_interpreter_does_not_have(case):
     (x, *_), settings = example_inputs(case, 1, jnp.bfloat16)
     tiny = x.at[5, 20].set(1e-39).at[:, 3].mul(1e-38)
     special = tiny.at[7, 9].set(jnp.inf).at[40, 30].set(-jnp.inf).at[50, 60].set(0 if case.stochastic else jnp.nan)
-    for z, amax in ((tiny, None), (special, 1.0), (x * 1e-38, None), (x * 1e-36, None), (x * 1e36, None)):
+    apart = x.at[:, ::4].mul(1e33).at[:, 1::4].set(-1e-39).at[:, 2::4].set(-0.0)  # products underflow: no sign
+    for z, amax in (
+        (tiny, None),
+        (special, 1.0),
+        (x * 1e-38, None),
+        (x * 1e-36, None),
+        (x * 1e36, None),
+        (apart, None),
+    ):
         z = z.astype(jnp.bfloat16)
         maxima = absolute_maxima(z, hadamard=True) if amax is None else (jnp.float32(amax),) * 2
         got = quantize(z, *maxima, **settings, impl="mosaic")
