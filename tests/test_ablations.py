@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import pytest
 
 from nemotron_jax.cli import parse_train_flags
@@ -116,7 +117,14 @@ def test_runs_at_once_have_a_gpu_each_and_the_same_tokens(at_once, tmp_path, mon
         "--config.data.tokenizer=bpe:300",
     ]
     folder = tmp_path / "runs"
-    assert compare.compare([f"--config={CONFIGS[1]}", f"--workdir={folder}", RUNS, f"--at-once={at_once}", *flags]) == 0
+    platforms = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", "cuda,cpu")
+        arguments = [f"--config={CONFIGS[1]}", f"--workdir={folder}", RUNS, f"--at-once={at_once}", *flags]
+        assert compare.compare(arguments) == 0
+        assert jax.config.jax_platforms == "cpu", "GPUs are for the runs"
+    finally:
+        jax.config.update("jax_platforms", platforms)
     names = [f"{recipe}-seed-{seed}" for seed in (0, 1) for recipe in ("bfloat16", "nvfp4")]
     assert sorted(name for name, *_ in seen) == sorted(names)
     assert sorted(gpu for _, gpu, *_ in seen) == (["4,7"] * 4 if at_once == 1 else ["4", "4", "7", "7"])

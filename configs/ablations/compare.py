@@ -70,6 +70,9 @@ def compare(argv: Sequence[str]) -> int:
     parser.require(args, "config", "workdir")
     folder = Path(args.workdir).absolute()
     runs = planned(args.runs, [f"--config={Path(args.config).absolute()}", *flags])
+    import jax  # after the flags: it takes seconds
+
+    jax.config.update("jax_platforms", "cpu")  # of this process, which would take most of a GPU's memory from the runs
     for run in runs:
         check([*run.flags, f"--workdir={folder / run.name}"])
     tokenise(runs[0].flags, folder / DATA_CACHE)
