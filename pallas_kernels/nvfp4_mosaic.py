@@ -8,7 +8,7 @@ nvfp4.py does for a backend that does not is not needed; its own conversion to E
 product and a sum may become one instruction that rounds once: those here have exact products, or a minimum between.
 The order of additions matters in one place, the 16 float32 terms of the Hadamard transform. Their sum is exact while
 their exponents are at most 12 apart; beyond, it is rounded, and both add in the same order (`signed_sums`). Sums of
-pairs of pairs would take 4 additions an element in place of 11, and round 1 in three million of normal data otherwise.
+pairs of pairs would take 4 additions an element in place of 11, and round otherwise.
 """
 
 import functools
