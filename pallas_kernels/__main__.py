@@ -6,8 +6,8 @@ On a GPU: the shapes of the released models in bfloat16; elsewhere the small tes
 runs and little else. A row is one implementation of one case in one direction:
 
   ms        median over batches of launches that are queued together and waited for once; inputs rotate through
-            copies that do not fit the cache together. What takes no longer than a few empty launches runs TOGETHER
-            times in one program instead
+            copies that do not fit the cache together, or, where few of many experts have rows, through all experts.
+            What takes no longer than a few empty launches runs TOGETHER times in one program instead
   TFLOP/s, GB/s   the least arithmetic and the least bytes of the case (the op's `cost`) over that time
   roofline  the least time, by the two ceilings measured first (a device copy, a matmul), over that time
   error     the largest relative Frobenius error of outputs and gradients against the float32 truth, and of which;
@@ -89,12 +89,17 @@ def time_case(op: str, case: Any, impl: str, backward: bool, launch: float) -> f
     first = (given.arrays, *extra)
     unread = sum(given.arrays[name].nbytes for name in SUITE[op].for_peers)
     size = sum(z.nbytes for z in jax.tree.leaves(first)) - unread
-    copies = max(1, min(64, round(CACHE_BYTES / size))) if ON_GPU else 1
-    sets = [first] + [jax.tree.map(jnp.copy, first) for _ in range(copies - 1)]
+    elsewhere = SUITE[op].elsewhere if SUITE[op].cost(case).bytes < CACHE_BYTES < size else None
+
+    def again(i: int) -> tuple[Any, ...]:
+        return (elsewhere(given.arrays, i), *extra) if elsewhere else jax.tree.map(jnp.copy, first)
+
+    copies = TOGETHER if elsewhere else max(1, min(64, round(CACHE_BYTES / size)))
+    sets = [first, *map(again, range(1, copies if ON_GPU else 1))]
     seconds = median_seconds(call, sets)
-    if not ON_GPU or seconds > 4 * launch or TOGETHER * size > QUEUED_BYTES:
+    if not ON_GPU or seconds > 4 * launch or (TOGETHER * size > QUEUED_BYTES and not elsewhere):
         return seconds
-    sets += [jax.tree.map(jnp.copy, first) for _ in range(TOGETHER - copies)]
+    sets += map(again, range(copies, TOGETHER))
     return median_seconds(jax.jit(lambda *sets: [call(*one) for one in sets]), [tuple(sets)]) / len(sets)
 
 

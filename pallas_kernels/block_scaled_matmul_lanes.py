@@ -192,10 +192,11 @@ def find(experts: int, rows: int) -> Any:
     return search
 
 
-def products(units: int, total: int, experts: int, shape: tuple[int, int], ragged: bool) -> Any:
+def products(units: int, total: int, experts: int, shape: tuple[int, int], ragged: bool, again: bool) -> Any:
     """The function for `plgpu.inline_mgpu`: adds `units` units of inputs to the sums of a warpgroup.
 
     total: units of all inputs. shape: outputs and inputs of a weight. ragged: units past `total` may be asked for.
+    again: other units were multiplied before, with x in the same shared memory.
     """
     outputs, inputs = shape
     assert experts * outputs < 1 << 31
@@ -253,7 +254,10 @@ def products(units: int, total: int, experts: int, shape: tuple[int, int], ragge
         items = range(units * rows // 8)
         together = 8 if rows <= 32 else 16  # what there are registers for
         for start in range(0, len(items), together):
-            for (v0, v1, v2, v3), to in [fetch(item) for item in items[start : start + together]]:
+            fetched = [fetch(item) for item in items[start : start + together]]
+            if again and start == 0:  # while loads are on their way: slower warps may still read the x before
+                mgpu.utils.warpgroup_barrier()
+            for (v0, v1, v2, v3), to in fetched:
                 halves = [(v0, v2, 0x5410), (v0, v2, 0x7632), (v1, v3, 0x5410), (v1, v3, 0x7632)]
                 _ptx("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", to, *(_permute(*pair) for pair in halves))
         mgpu.utils.warpgroup_barrier()

@@ -141,7 +141,7 @@ def _kernel(sizes, most_rows, tiles, rows, grouped, dtype, chosen, interpret):
             place = (expert, first_output, first_row, first_row + rows_here - 1, first_unit + chunk * units)
             if interpret is not None:
                 return _products(acc, *weight_refs, *place, units=units, total=total)
-            function = lanes.products(units, total, experts, (outputs, inputs), ragged)
+            function = lanes.products(units, total, experts, (outputs, inputs), ragged, chunks > 1)
             types = (WGMMA, *(ref,) * 4, *(number,) * 5)
             returned = plgpu.ShapeDtypeStruct((OUTPUTS, rows), jnp.float32, layout=WGMMA)
             return plgpu.inline_mgpu(arg_types=types, return_type=returned)(function)(acc, *weight_refs, *place)

@@ -49,6 +49,8 @@ class Op:
       peers: other ways to spend the same arithmetic, to compare times with; not implementations, since they compute
         something else or take some inputs only (ValueError for the rest).
       for_peers: inputs that only peers read.
+      elsewhere: (arrays, i) -> arrays of a call that reads other parts of the same memory, i = 1, 2, ...: where a call
+        reads few of many weights, copies would not fit.
       checked: settings that a check adds, to see outputs that a benchmark leaves out.
       backward: whether the op has gradients.
     """
@@ -62,6 +64,7 @@ class Op:
     truth: str = "reference"
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     for_peers: tuple[str, ...] = ()
+    elsewhere: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
     checked: Mapping[str, Any] = field(default_factory=dict)
     backward: bool = True
 
@@ -73,6 +76,11 @@ def _dense_matmul(lhs, rhs, group_sizes, *, activation):
         raise ValueError(f"{lhs.shape[0]} rows are not a multiple of {groups} groups")
     product = jnp.einsum("emk,ekn->emn", lhs.reshape(groups, -1, inputs), rhs)
     return _grouped.ACTIVATIONS[activation](product.reshape(-1, outputs))
+
+
+def _other_experts(arrays, i):
+    """The next experts get the rows."""
+    return arrays | {"group_sizes": jnp.roll(arrays["group_sizes"], i)} if "group_sizes" in arrays else arrays
 
 
 def _packed_product(x, codes, block_scales, scale, dense, group_sizes=None, *, impl=None):
@@ -189,6 +197,7 @@ SUITE = {
         _grouped.example_inputs,
         _grouped.cost,
         peers={"dense": _dense_matmul},
+        elsewhere=_other_experts,
         truth="blocked",  # ragged_dot expands to the rows times the groups on GPUs
     ),
     "grouped_mlp": Op(
@@ -230,6 +239,7 @@ SUITE = {
         float32=("scale",),
         peers={"bfloat16": _bfloat16_product},
         for_peers=("dense",),
+        elsewhere=_other_experts,
         backward=False,
     ),
     "nvfp4_matmul": Op(

@@ -247,8 +247,8 @@ def _values_and_gradients(
         more, of_tokens = chunk(*inputs)
         return d_weight + more, of_tokens
 
-    # The sum starts with the first chunk: zeros would be written, and read, in the size of the weight in float32. All of
-    # that chunk is done before the others, so that its logits are not held.
+    # The sum starts with the first chunk: zeros would be written, and read, in the size of the weight in float32. The
+    # first is done before the others start, so that its logits are not held.
     inputs = tuple(_chunks(x, length) for x in (hidden_BTD, targets_BT, d_BT))
     d_weight, first = lax.optimization_barrier(chunk(*(x[0] for x in inputs)))
     d_weight, others = lax.scan(add_chunk, d_weight, tuple(x[1:] for x in inputs))

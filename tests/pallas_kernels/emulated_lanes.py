@@ -1,6 +1,7 @@
 """Runs functions for `plgpu.inline_mgpu` on the CPU: NumPy in place of MLIR, all threads of a cluster in step.
 
-A value is an array over the threads. Memory is bytes; barriers do nothing, since all threads go on together.
+A value is an array over the threads. Memory is bytes. All threads go on together, so that barriers do nothing but end
+what is forbidden without them: to read what others have written to shared memory, to write what they read or wrote.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 LANES = 32
+WARPGROUP = 128
 TYPES = {"i1": np.bool_, "i16": np.uint16, "i32": np.uint32, "i64": np.uint64, "f32": np.float32}
 CLUSTER = 24  # the bit of a shared address where the block of the cluster starts
 
@@ -38,8 +40,17 @@ class Machine:
         self.thread = np.tile(np.arange(threads), blocks)
         self.shared = np.zeros((blocks, shared), np.uint8)
         self.written = np.zeros((blocks, shared), bool)
+        # For warps, warpgroups and blocks, by their size: which (from 1 on; -1: several) wrote and which read each byte
+        # since the last barrier of more threads than that.
+        self.since = {size: np.zeros((2, blocks, shared), np.int32) for size in (LANES, WARPGROUP, threads)}
         self.globals = []
         self.mask = np.ones(blocks * threads, bool)
+
+    def barrier(self, threads):
+        """So many threads wait for each other."""
+        for size, of_bytes in self.since.items():
+            if size < threads:
+                of_bytes[...] = 0
 
     def place(self, array):
         """A reference to a NumPy array, which stores change."""
@@ -112,7 +123,7 @@ class Machine:
         utils = SimpleNamespace(
             memref_ptr=lambda ref: ref[1],
             thread_idx=lambda: Value(self.thread, "i32"),
-            warpgroup_barrier=lambda: None,
+            warpgroup_barrier=lambda: self.barrier(WARPGROUP),
             when=when,
             inline_ptx=self.ptx,
         )
@@ -134,7 +145,9 @@ class Machine:
         name = code.split()[0].rstrip(";")
         if name.startswith(("ld.", "st.")):
             results = self.memory(name, code, arrays, kinds)
-        elif name.startswith("barrier.") or name == "bar.sync":
+        elif name.startswith("barrier.cluster.") or code == "bar.sync 0;":
+            if "arrive" not in name:
+                self.barrier(self.thread.size if "cluster" in name else self.thread[-1] + 1)
             results = []
         elif name == "mov.u32" and "%cluster_ctarank" in code:
             results = [self.block]
@@ -182,10 +195,12 @@ class Machine:
             else:
                 block = (place >> CLUSTER) - 1 if parts[1] == "shared::cluster" else self.block[thread]
                 bytes_, place = self.shared[block], place & (1 << CLUSTER) - 1
+                where = block, slice(place, place + size * count)
+                self.order(thread, where, store, code)
                 if store:
-                    self.written[block, place : place + size * count] = True
+                    self.written[where] = True
                 else:
-                    assert self.written[block, place : place + size * count].all(), code
+                    assert self.written[where].all(), code
             assert place + size * count <= bytes_.size, (code, place, bytes_.size)
             for i in range(count):
                 word = bytes_[place + i * size : place + (i + 1) * size]
@@ -194,6 +209,15 @@ class Machine:
                 else:
                     loaded[i][thread] = int.from_bytes(word.tobytes(), "little")
         return [word.view(np.float32) if kind == "f32" else word for word, kind in zip(loaded, kinds, strict=True)]
+
+    def order(self, thread, where, store, code):
+        """Asserts that a barrier is between this access to shared memory and those that must not come at once."""
+        for size, (writer, reader) in self.since.items():
+            this = thread // size + 1
+            for other in (writer[where], reader[where])[: 1 + store]:
+                assert ((other == 0) | (other == this)).all(), f"no barrier for groups of {size} threads: {code}"
+            mine = writer if store else reader
+            mine[where] = np.where((mine[where] == 0) | (mine[where] == this), this, -1)
 
 
 def permute(low, high, selector):

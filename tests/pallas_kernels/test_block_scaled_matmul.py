@@ -81,6 +81,18 @@ def test_hopper_gets_the_kernel_for_few_rows():
         assert "mpmd_map" in str(jax.make_jaxpr(grouped_matmul)(x, w, sizes))
 
 
+@pytest.mark.parametrize(("rows", "chunks"), [(1, 1), (8, 1), (64, 2)])
+def test_only_a_kernel_of_several_chunks_waits_for_the_one_before(monkeypatch, rows, chunks):
+    made, products = [], block_scaled_matmul_mosaic.lanes.products
+    monkeypatch.setattr(block_scaled_matmul_mosaic.lanes, "products", lambda *z: made.append(z) or products(*z))
+    x, w, _ = operands(Case("", rows, 1024, 128))
+    plan = block_scaled_matmul_mosaic.plan(rows, 1024, 128, 1)
+    assert plan.split * plan.groups * plan.units * chunks == 1024 // block_scaled_matmul_mosaic.UNIT
+    jax.make_jaxpr(multiply)(x, w)
+    ((units, *_, again),) = made
+    assert (units, again) == (plan.units, chunks > 1)
+
+
 def test_a_sharded_program_keeps_to_what_xla_can_shard():
     x, w, _ = operands(Case("", 8, 256, 64))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

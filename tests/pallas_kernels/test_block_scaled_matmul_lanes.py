@@ -41,7 +41,7 @@ def emulate(monkeypatch, case, rows, split, groups, units, *, half_width=False, 
         registers = np.empty((rows // 8, 2), object)
         for i in np.ndindex(registers.shape):
             registers[i] = [zero, zero]
-        add = lanes.products(units, total, 2, (case.outputs, case.inputs), ragged)
+        add = lanes.products(units, total, 2, (case.outputs, case.inputs), ragged, chunks > 1)
         for chunk in range(chunks):
             acc = SimpleNamespace(shape=(lanes.OUTPUTS, rows), registers=registers, layout=None)
             unit = ((machine.block * groups + group) * chunks + chunk) * units
@@ -85,6 +85,8 @@ def test_code_and_scale_are_made_of_their_bits_exactly(monkeypatch):
         (Case("a cluster of four", 3, 1024, 64), 8, 4, 1, 2),
         (Case("inputs that do not come out even, outputs that are no multiple of 64", 5, 640, 98), 8, 1, 2, 1),
         (Case("an odd number of outputs", 2, 256, 77), 8, 1, 1, 2),
+        (Case("several chunks, x not all at once", 30, 1024, 64), 32, 1, 1, 4),
+        (Case("several chunks of 64 rows in a cluster", 61, 1024, 64), 64, 2, 2, 1),
     ],
     ids=lambda value: value.name if isinstance(value, Case) else "",
 )

@@ -58,6 +58,20 @@ def test_times_are_of_one_call_and_rotate_through_the_inputs():
     assert seen == {1.0} or seen == {1.0, 2.0}
 
 
+def test_calls_that_read_few_experts_rotate_through_all_of_them(monkeypatch):
+    timed = []
+    monkeypatch.setattr(main, "ON_GPU", True)
+    monkeypatch.setattr(main, "median_seconds", lambda _, sets: timed.append(sets) or 0.0)
+    case = suite._block_scaled.Case("", 2, 256, 64, (1, 0, 0, 1, 0, 0, 0))
+    monkeypatch.setattr(main, "CACHE_BYTES", 4 * suite._block_scaled.cost(case).bytes / 3)
+    assert main.time_case("block_scaled_matmul", case, "blocked", False, launch=1.0) == 0
+    sets, ((*together,),) = timed
+    assert len(sets) == len(together) == main.TOGETHER
+    for i, (arrays,) in enumerate(together):
+        assert arrays["codes"] is together[0][0]["codes"]
+        assert arrays["group_sizes"].tolist() == jnp.roll(jnp.array(case.group_sizes), i).tolist()
+
+
 def test_the_roofline_is_the_slower_of_arithmetic_and_bytes():
     cost = Cost(flops=100, bytes=10, backward_flops=200, backward_bytes=1000)
     assert main.least_seconds(cost, False, copied=1, multiplied=1) == (100, 10, 100)
