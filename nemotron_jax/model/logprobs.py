@@ -23,6 +23,7 @@ from jax import Array, lax
 from nemotron_jax.parallel.local import gathered, per_device, scattered
 from nemotron_jax.parallel.mesh import mesh_axes
 from nemotron_jax.precision.matmul import gemm_precision
+from pallas_kernels.zeros import zeros_after
 
 # Float32 logits held at a time: 2^29 (2 GiB) keeps 4096 rows of a 131,072-token vocabulary. Each chunk reads and writes
 # the float32 gradient of the head's weight once, so a quarter of it would cost as much traffic as the logits.
@@ -233,25 +234,18 @@ def _values_and_gradients(
     length = _chunk_length(batch, time, vocabulary.size, max_logits)
     gemm = functools.partial(lax.dot_general, precision=gemm_precision(operands), preferred_element_type=jnp.float32)
 
-    def chunk(hidden_BCD: Array, targets_BC: Array, d_BC: Array) -> tuple[Array, tuple[Array, Array]]:
+    def chunk(d_weight: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        hidden_BCD, targets_BC, d_BC = inputs
         logits_BCV = head_logits(hidden_BCD, whole)
         chosen_BC, lse_BC = vocabulary.chosen_and_lse(logits_BCV, targets_BC)
         is_target_BCV = vocabulary.place(targets_BC)[..., None] == jnp.arange(vocabulary.size)
         d_logits_BCV = d_BC[..., None] * (is_target_BCV - jnp.exp(logits_BCV - lse_BC[..., None]))
         d_logits_BCV = d_logits_BCV.astype(operands)
         d_hidden_BCD = gemm(d_logits_BCV, whole, (((2,), (1,)), ((), ())))
-        d_weight = gemm(hidden_BCD, d_logits_BCV, (((0, 1), (0, 1)), ((), ())))
+        d_weight += gemm(hidden_BCD, d_logits_BCV, (((0, 1), (0, 1)), ((), ())))
         return d_weight, (chosen_BC - lse_BC, d_hidden_BCD.astype(operands))
 
-    def add_chunk(d_weight: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        more, of_tokens = chunk(*inputs)
-        return d_weight + more, of_tokens
-
-    # The sum starts with the first chunk: zeros would be written, and read, in the size of the weight in float32. The
-    # first is done before the others start, so that its logits are not held.
     inputs = tuple(_chunks(x, length) for x in (hidden_BTD, targets_BT, d_BT))
-    d_weight, first = lax.optimization_barrier(chunk(*(x[0] for x in inputs)))
-    d_weight, others = lax.scan(add_chunk, d_weight, tuple(x[1:] for x in inputs))
-    logprobs, d_hidden = (jnp.concatenate([z[None], more]) for z, more in zip(first, others, strict=True))
+    d_weight, (logprobs, d_hidden) = lax.scan(chunk, zeros_after(hidden_BTD, whole.shape, jnp.float32), inputs)
     d_weight = scattered(d_weight, _WEIGHT, weight, shape).astype(weight.dtype)
     return _join(logprobs, time), _join(d_hidden, time), d_weight
