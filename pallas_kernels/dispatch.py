@@ -77,8 +77,8 @@ OPS: dict[str, dict[str, SupportCheck]] = {
     "quantize_expert_operands": {"mosaic": on_hopper, "reference": _anywhere},
     "quantize_tiles": {"mosaic": on_hopper, "reference": _anywhere},
     "quantize": {"mosaic": on_hopper, "reference": _anywhere},
-    "permute": {"reference": _anywhere},
-    "unpermute": {"reference": _anywhere},
+    "permute": {"reference": _anywhere, "mosaic": on_hopper},
+    "unpermute": {"reference": _anywhere, "mosaic": on_hopper},
 }
 
 

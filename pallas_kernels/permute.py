@@ -6,9 +6,14 @@
 row_map is a permutation of 0 .. M*K - 1, so both directions, forward and backward, are gathers: no scatter-add whose
 order could vary from run to run, no [tokens, experts] mask.
 
+"reference": XLA gathers. "mosaic": rows that are copied as they are, or times one weight, are gathered by
+gather_rows_mosaic.py; sums over the slots of a token stay XLA's. It has not run on a GPU, so it is not chosen unasked.
+
 Shapes: M tokens, K experts of a token, D width, E experts.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels import gather_rows_mosaic
 from pallas_kernels.cost import BF16, FLOAT32, INT32, Cost
 from pallas_kernels.dispatch import choose, require_shape
 
@@ -40,7 +46,8 @@ def permute(
     """
     require_shape("permute", "x", x, "[M, D]", (None, None))
     require_shape("permute", "expert_ids", expert_ids, "[M, K]", (x.shape[0], None))
-    return _PERMUTE[choose("permute", impl)](x, expert_ids, num_experts)
+    unfit = {"mosaic": gather_rows_mosaic.unfit(x)}
+    return _PERMUTE[choose("permute", impl, unfit=unfit)](x, expert_ids, num_experts)
 
 
 def unpermute(rows: jax.Array, row_map: jax.Array, weights: jax.Array, *, impl: str | None = None) -> jax.Array:
@@ -61,10 +68,16 @@ def unpermute(rows: jax.Array, row_map: jax.Array, weights: jax.Array, *, impl: 
     require_shape("unpermute", "row_map", row_map, "[M, K]", (None, None))
     require_shape("unpermute", "rows", rows, "[M*K, D]", (row_map.size, None))
     require_shape("unpermute", "weights", weights, "[M, K]", row_map.shape)
-    return _UNPERMUTE[choose("unpermute", impl)](rows, row_map, weights)
+    unfit = {"mosaic": gather_rows_mosaic.unfit(rows)}
+    return _UNPERMUTE[choose("unpermute", impl, unfit=unfit)](rows, row_map, weights)
 
 
-def permute_reference(x: jax.Array, expert_ids: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+Gather = Callable[..., jax.Array]  # rows [M, D], index [R], weights [R] or nothing -> [R, D], as `_rows_at`
+
+
+def permute_reference(
+    x: jax.Array, expert_ids: jax.Array, num_experts: int, gather: Gather | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sort the entries (token, slot) by expert and gather."""
     expert_of_row, entry_of_row = sorted_by_expert(expert_ids.reshape(-1).astype(jnp.int32), num_experts)
     row = jnp.arange(entry_of_row.size, dtype=jnp.int32)
@@ -75,7 +88,7 @@ def permute_reference(x: jax.Array, expert_ids: jax.Array, num_experts: int) -> 
     end = end.at[jnp.where(is_last, expert_of_row, num_experts + row)].set(row + 1, mode="drop", unique_indices=True)
     group_sizes = jnp.diff(jax.lax.cummax(end), prepend=0)
     row_map = inverse(entry_of_row).reshape(expert_ids.shape)
-    return _copy_rows(x, entry_of_row, row_map), group_sizes, row_map
+    return _copy_rows(gather or _rows_at, x, entry_of_row, row_map), group_sizes, row_map
 
 
 def sorted_by_expert(expert_of_entry: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -96,8 +109,13 @@ def inverse(permutation: jax.Array) -> jax.Array:
     return jnp.zeros_like(index).at[permutation].set(index, unique_indices=True, mode="promise_in_bounds")
 
 
-def _rows_at(rows, index):
-    return rows.at[index].get(mode="promise_in_bounds")
+def _rows_at(rows, index, weights=None):
+    """Each row times its weight, where there are weights, in float32 at least; in rows's dtype."""
+    taken = rows.at[index].get(mode="promise_in_bounds")
+    if weights is None:
+        return taken
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    return (weights[:, None].astype(dtype) * taken.astype(dtype)).astype(rows.dtype)
 
 
 def sum_over_slots(
@@ -118,48 +136,63 @@ def sum_over_slots(
     return total.astype(rows.dtype)
 
 
-@jax.custom_vjp
-def _copy_rows(x, entry_of_row, row_map):
-    return _rows_at(x, entry_of_row // row_map.shape[1])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _copy_rows(gather, x, entry_of_row, row_map):
+    return gather(x, entry_of_row // row_map.shape[1])
 
 
-def _copy_rows_fwd(x, entry_of_row, row_map):
-    return _copy_rows(x, entry_of_row, row_map), row_map
+def _copy_rows_fwd(gather, x, entry_of_row, row_map):
+    return _copy_rows(gather, x, entry_of_row, row_map), row_map
 
 
-def _copy_rows_bwd(row_map, d_rows):
+def _copy_rows_bwd(gather, row_map, d_rows):
     return sum_over_slots(d_rows, row_map), None, None
 
 
 _copy_rows.defvjp(_copy_rows_fwd, _copy_rows_bwd)
 
 
-@jax.custom_vjp
-def unpermute_reference(rows: jax.Array, row_map: jax.Array, weights: jax.Array) -> jax.Array:
+def unpermute_reference(
+    rows: jax.Array, row_map: jax.Array, weights: jax.Array, gather: Gather | None = None
+) -> jax.Array:
     """As `unpermute`."""
+    return _unpermute(gather or _rows_at, rows, row_map, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _unpermute(gather, rows, row_map, weights):
     return sum_over_slots(rows, row_map, weights)
 
 
-def _unpermute_fwd(rows, row_map, weights):
-    return unpermute_reference(rows, row_map, weights), (rows, row_map, weights)
+def _unpermute_fwd(gather, rows, row_map, weights):
+    return _unpermute(gather, rows, row_map, weights), (rows, row_map, weights)
 
 
-def _unpermute_bwd(residuals, d_y):
+def _unpermute_bwd(gather, residuals, d_y):
     rows, row_map, weights = residuals
     dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    d_y = d_y.astype(dtype)
     slots = range(row_map.shape[1])
-    d_weights = jnp.stack([(d_y * _rows_at(rows, row_map[:, slot]).astype(dtype)).sum(-1) for slot in slots], axis=1)
+
+    def of_slot(slot):
+        return (d_y.astype(dtype) * _rows_at(rows, row_map[:, slot]).astype(dtype)).sum(-1)
+
+    d_weights = jnp.stack([of_slot(slot) for slot in slots], axis=1)
     entry_of_row = inverse(row_map.reshape(-1))
-    weight_of_row = _rows_at(weights.reshape(-1), entry_of_row).astype(dtype)
-    d_rows = weight_of_row[:, None] * _rows_at(d_y, entry_of_row // row_map.shape[1])
-    return d_rows.astype(rows.dtype), None, d_weights.astype(weights.dtype)
+    weight_of_row = _rows_at(weights.reshape(-1), entry_of_row)
+    d_rows = gather(d_y, entry_of_row // row_map.shape[1], weight_of_row)
+    return d_rows, None, d_weights.astype(weights.dtype)
 
 
-unpermute_reference.defvjp(_unpermute_fwd, _unpermute_bwd)
+_unpermute.defvjp(_unpermute_fwd, _unpermute_bwd)
 
-_PERMUTE = {"reference": permute_reference}
-_UNPERMUTE = {"reference": unpermute_reference}
+_PERMUTE: dict[str, Callable[..., tuple[jax.Array, jax.Array, jax.Array]]] = {
+    "reference": permute_reference,
+    "mosaic": functools.partial(permute_reference, gather=gather_rows_mosaic.gather_rows),
+}
+_UNPERMUTE: dict[str, Callable[..., jax.Array]] = {
+    "reference": unpermute_reference,
+    "mosaic": functools.partial(unpermute_reference, gather=gather_rows_mosaic.gather_rows),
+}
 
 
 class Case(NamedTuple):
