@@ -63,12 +63,14 @@ def gradients(
     Args:
       q_BTHD, k_BSVD, v_BSVD, out_BTHD, dout_BTHD: bfloat16 or float16.
       lse_BHT: float32 log-sum-exp of scale q . k over all keys of a query, those of other calls included; what a query
-        that sees nothing has does not matter.
+        that sees nothing has does not matter, while its out and dout must be finite.
       first_BT, last_BT: int32; a query that sees nothing has first >= last. Neither decreases along the queries that
         see something.
       interpret: see `mosaic`.
     """
     keys, head_dim = k_BSVD.shape[1], q_BTHD.shape[3]
+    if not q_BTHD.size:
+        return jnp.zeros_like(q_BTHD), jnp.zeros_like(k_BSVD), jnp.zeros_like(v_BSVD)
     delta_BHT = jnp.swapaxes((out_BTHD.astype(jnp.float32) * dout_BTHD.astype(jnp.float32)).sum(-1), 1, 2)
     extra = -q_BTHD.shape[1] % BLOCK
     lse, delta = (jnp.pad(z, ((0, 0), (0, 0), (0, extra))) for z in (lse_BHT * LOG2_E, delta_BHT))

@@ -29,8 +29,6 @@ from pallas_kernels import attention_backward_mosaic
 
 DOCUMENTS = 32  # of a row in one call
 
-_NO_BIAS = (False, False)  # neither a bias nor its gradient
-
 
 def unfit(
     q_BTHD: jax.Array,
@@ -41,7 +39,10 @@ def unfit(
     packed: bool,
     own_key_segments: bool,
 ) -> str:
-    """Why cuDNN cannot take these operands, or "". own_key_segments: kv_segment_ids were given."""
+    """Why cuDNN or the kernels of the gradients cannot take these operands, or "".
+
+    own_key_segments: kv_segment_ids were given.
+    """
     dtypes = {z.dtype for z in (q_BTHD, k_BSVD, v_BSVD)}
     if dtypes not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)}):
         return f"q, k and v must all be bfloat16 or all float16, got {', '.join(sorted(map(str, dtypes)))}"

@@ -259,7 +259,7 @@ def stochastic_size(x: Any, draw: Draw, interpret: Interpret) -> Any:
 
 
 def stochastic_value(x: Any, draw: Draw, interpret: Interpret) -> Any:
-    """The value of E2M1 that `stochastic_size` rounds to, with the sign of x; any where x is NaN.
+    """The value of E2M1 that `stochastic_size` rounds to, with the sign of x; any where x is NaN or 2^106 and more.
 
     The sum of |x| and a share of its step is cut to whole steps, of |x| too: one that reaches the next power of two
     stays there.

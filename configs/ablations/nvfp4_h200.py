@@ -12,7 +12,8 @@ Hardware: one H200 or more
 Time:     on two H200s with --at-once=8, 2026-11-28: 4 to 5 minutes to the first NVFP4 step, while eight programs
           compile on 32 cores; then 95 k tokens/s a run, four runs a GPU (200M tokens would take 35 minutes). A run with
           a GPU to itself did 290 k with steps of one program (2026-11-27), bfloat16 768 k
-Result:   not the 200M tokens: with --config.train.steps=1600, bfloat16 (two seeds) and nvfp4-no-rht ended, the others
+Result:   (four H200s, 2026-11-27, with one microbatch and layers that were not stacked)
+          not the 200M tokens: with --config.train.steps=1600, bfloat16 (two seeds) and nvfp4-no-rht ended, the others
           did 400 to 710 steps. At 42M tokens loss is above bfloat16's by 0.52 % and 0.45 % (nvfp4, two seeds), 0.49 %
           (no-sr), 0.54 % (no-rht), 0.62 % (1d-weights); all-layers 3.2 % at 26M tokens, where nvfp4 has 1.6 %. no-rht
           ends at 0.32 % (105M tokens). Hardly any gradient is exactly zero, in any recipe (nvfp4_h200.png,

@@ -22,9 +22,9 @@ def log_sum_exp(q, k, first, last, scale):
     return jax.nn.logsumexp(jnp.where(seen, logits, -jnp.inf), axis=3)
 
 
-def compare(got, want):
+def compare(got, want, dtype=jnp.bfloat16):
     for name, z, expected in zip(("dq", "dk", "dv"), got, want, strict=True):
-        assert z.dtype == jnp.bfloat16 and z.shape == expected.shape
+        assert z.dtype == dtype and z.shape == expected.shape
         error = jnp.linalg.norm(z.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
         assert error < 4e-3, (name, error)
 
@@ -58,11 +58,11 @@ def test_documents(sizes, border, interpret):
 
 def test_keys_of_another_part(interpret, monkeypatch):
     """Queries of a part of a row and earlier keys: no causal order, some queries see none, heads summed in parts."""
-    monkeypatch.setattr(mosaic, "BLOCKS", 4)  # of 2 rows and 2 blocks of keys: one part; then two
+    monkeypatch.setattr(mosaic, "BLOCKS", 4)  # three blocks of keys: two parts
     q, k, v, dout = (normal(i, 1, n, h, 64) for i, (n, h) in enumerate([(150, 4), (300, 1), (300, 1), (150, 4)]))
     q32, k32, v32, dout32 = (z.astype(jnp.float32) for z in (q, k, v, dout))
     reached = jnp.arange(150) < 100
-    first, last = (jnp.where(reached, n, 0)[None].astype(jnp.int32) for n in (130, 290))
+    first, last = (jnp.where(reached, n, m)[None].astype(jnp.int32) for n, m in ((130, 5), (290, 2)))
     lse = log_sum_exp(q32, k32, first, last, 0.1)
     lse = jnp.where(reached, lse, jnp.nan)  # never read
     out = normal(7, 1, 150, 4, 64)
@@ -75,6 +75,24 @@ def test_keys_of_another_part(interpret, monkeypatch):
     assert not dq[0, 100:].any()
     for z in (dk, dv):
         assert not z[0, :130].any() and not z[0, 290:].any() and z[0, 130:290].any()
+
+
+def test_float16(interpret):
+    """Of 65 tokens, which TMA does not take, and a head dim between the kernel's widths."""
+    q, k, v, dout, out = (normal(i, 1, 65, h, 72).astype(jnp.float16) for i, h in enumerate((2, 1, 1, 2, 2)))
+    seen = keys_of_a_document(None, (1, 65))
+    wide = [z.astype(jnp.float32) for z in (q, k, v, out, dout)]
+    lse = log_sum_exp(wide[0], wide[1], *seen, 0.1)
+    got = mosaic.gradients(q, k, v, out, dout, lse, *seen, scale=0.1, interpret=interpret)
+    compare(got, attention_gradients.gradients(*wide, lse, *seen, scale=0.1), jnp.float16)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 0)])
+def test_of_nothing_there_is_nothing(shape):
+    q, k = jnp.zeros((*shape, 2, 64), jnp.bfloat16), jnp.zeros((*shape, 1, 64), jnp.bfloat16)
+    seen = keys_of_a_document(None, shape)
+    made = mosaic.gradients(q, k, k, q, q, jnp.zeros((shape[0], 2, shape[1])), *seen, scale=1.0)
+    assert [z.shape for z in made] == [q.shape, k.shape, k.shape]
 
 
 def test_parts_of_the_heads():
