@@ -72,11 +72,20 @@ def unpermute(rows: jax.Array, row_map: jax.Array, weights: jax.Array, *, impl: 
     return _UNPERMUTE[choose("unpermute", impl, unfit=unfit)](rows, row_map, weights)
 
 
+def _rows_at(rows, index, weights=None):
+    """Each row times its weight, where there are weights, in float32 at least; in rows's dtype."""
+    taken = rows.at[index].get(mode="promise_in_bounds")
+    if weights is None:
+        return taken
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    return (weights[:, None].astype(dtype) * taken.astype(dtype)).astype(rows.dtype)
+
+
 Gather = Callable[..., jax.Array]  # rows [M, D], index [R], weights [R] or nothing -> [R, D], as `_rows_at`
 
 
 def permute_reference(
-    x: jax.Array, expert_ids: jax.Array, num_experts: int, gather: Gather | None = None
+    x: jax.Array, expert_ids: jax.Array, num_experts: int, gather: Gather = _rows_at
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sort the entries (token, slot) by expert and gather."""
     expert_of_row, entry_of_row = sorted_by_expert(expert_ids.reshape(-1).astype(jnp.int32), num_experts)
@@ -88,7 +97,7 @@ def permute_reference(
     end = end.at[jnp.where(is_last, expert_of_row, num_experts + row)].set(row + 1, mode="drop", unique_indices=True)
     group_sizes = jnp.diff(jax.lax.cummax(end), prepend=0)
     row_map = inverse(entry_of_row).reshape(expert_ids.shape)
-    return _copy_rows(gather or _rows_at, x, entry_of_row, row_map), group_sizes, row_map
+    return _copy_rows(gather, x, entry_of_row, row_map), group_sizes, row_map
 
 
 def sorted_by_expert(expert_of_entry: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -107,15 +116,6 @@ def inverse(permutation: jax.Array) -> jax.Array:
     """[M] -> [M], the inverse of a permutation; the indices are unique, so the scatter has one possible result."""
     index = jnp.arange(permutation.size, dtype=jnp.int32)
     return jnp.zeros_like(index).at[permutation].set(index, unique_indices=True, mode="promise_in_bounds")
-
-
-def _rows_at(rows, index, weights=None):
-    """Each row times its weight, where there are weights, in float32 at least; in rows's dtype."""
-    taken = rows.at[index].get(mode="promise_in_bounds")
-    if weights is None:
-        return taken
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    return (weights[:, None].astype(dtype) * taken.astype(dtype)).astype(rows.dtype)
 
 
 def sum_over_slots(
@@ -153,10 +153,10 @@ _copy_rows.defvjp(_copy_rows_fwd, _copy_rows_bwd)
 
 
 def unpermute_reference(
-    rows: jax.Array, row_map: jax.Array, weights: jax.Array, gather: Gather | None = None
+    rows: jax.Array, row_map: jax.Array, weights: jax.Array, gather: Gather = _rows_at
 ) -> jax.Array:
     """As `unpermute`."""
-    return _unpermute(gather or _rows_at, rows, row_map, weights)
+    return _unpermute(gather, rows, row_map, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -171,12 +171,9 @@ def _unpermute_fwd(gather, rows, row_map, weights):
 def _unpermute_bwd(gather, residuals, d_y):
     rows, row_map, weights = residuals
     dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    wide = d_y.astype(dtype)
     slots = range(row_map.shape[1])
-
-    def of_slot(slot):
-        return (d_y.astype(dtype) * _rows_at(rows, row_map[:, slot]).astype(dtype)).sum(-1)
-
-    d_weights = jnp.stack([of_slot(slot) for slot in slots], axis=1)
+    d_weights = jnp.stack([(wide * _rows_at(rows, row_map[:, slot]).astype(dtype)).sum(-1) for slot in slots], axis=1)
     entry_of_row = inverse(row_map.reshape(-1))
     weight_of_row = _rows_at(weights.reshape(-1), entry_of_row)
     d_rows = gather(d_y, entry_of_row // row_map.shape[1], weight_of_row)

@@ -41,15 +41,15 @@ def test_dispatch_of_tokens(interpret, few_blocks):
     x, d_y, weights = normal(0, 11, 128), normal(1, 11, 128), normal(2, 11, 2, dtype=jnp.float32)
     ids = jnp.argsort(jax.random.uniform(jax.random.key(0), (11, 5)), axis=1)[:, :2]
 
-    def both(gather):
+    def both(*gather):
         def there_and_back(x, weights):
-            rows, _, row_map = permute_reference(x, ids, 5, gather)
-            return unpermute_reference(rows * rows, row_map, weights, gather)
+            rows, _, row_map = permute_reference(x, ids, 5, *gather)
+            return unpermute_reference(rows * rows, row_map, weights, *gather)
 
         y, pull = jax.vjp(there_and_back, x, weights)
         return y, *pull(d_y)
 
-    for got, want in zip(both(functools.partial(gather_rows, interpret=interpret)), both(None), strict=True):
+    for got, want in zip(both(functools.partial(gather_rows, interpret=interpret)), both(), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)
 
